@@ -1,0 +1,289 @@
+"""Posterior-guided pruning: a small VLM scores visual tokens by KL(posterior || prior) given the question.
+
+Paper: "Posterior-Guided Visual Token Pruning" (PGP; also published as IF-Prune), Sections 3.2-3.3, Equations 1-5,
+Figure 2. Where it leaves room (prompt order of the reconstruction pass, depth of the heads, LoRA targets) the choice
+is an argument; README.md lists them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from pgp_lightning.bottleneck import GaussianBottleneck, Posterior
+from pgp_lightning.errors import ConfigError
+from pgp_lightning.guides.base import Guide
+from pgp_lightning.vlm.internvl import InternVL, PromptOrder
+from pgp_lightning.vlm.request import Request
+from pgp_lightning.vlm.slots import Slots, lay_out
+
+__all__ = ["BottleneckPass", "PosteriorGuide", "Reconstruction", "Subset"]
+
+METHOD_VERSION = 1
+# Full module paths: the vision tower has projections of the same names and stays as it is.
+LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+
+
+class Subset(NamedTuple):
+    """A share of each row's visual tokens, at their original positions."""
+
+    kept: Tensor
+    """int64 (B, m), ascending."""
+    mask: Tensor
+    """bool (B, m), False on padding."""
+
+
+class BottleneckPass(NamedTuple):
+    """What the first pass finds out; m visual tokens a row, padded."""
+
+    posterior: Posterior
+    divergence: Tensor
+    """D, float32 (B, m)."""
+    mask: Tensor
+    """bool (B, m), True on visual tokens."""
+    states: Tensor
+    """V', (B, m, d): the last hidden states at the visual slots."""
+
+
+class Reconstruction(NamedTuple):
+    """What the second pass predicts at the S supervised tokens of the batch."""
+
+    logits: Tensor
+    """float32 (S, V)."""
+    targets: Tensor
+    """int64 (S,)."""
+    rows: Tensor
+    """int64 (S,), the row of each."""
+
+
+class PosteriorGuide(Guide):
+    """A small VLM with LoRA on its language model and a Gaussian bottleneck on its visual states.
+
+    Args:
+        base: the small VLM: `embedded:guide`, or a folder of the InternVL family in transformers' layout.
+        lora_rank: rank of the adapter; 0 trains the bottleneck alone.
+        lora_alpha: scale of the adapter (the update is multiplied by alpha / rank).
+        lora_dropout: dropout in front of the adapter, in training.
+        gate: activation of the gate network (Eq. 3): sigmoid, or exp (the paper's ablation).
+        learned_prior: whether the prior's mean and variance are trained.
+        head_layers: depth of the gate and variance networks.
+        gate_bias: where the gate network's output starts.
+        log_variance_bias: where the log-variance network's output starts.
+        bottleneck_order: prompt order of the first pass; `image_first` cannot see the question and is for controls.
+        reconstruction_order: prompt order of the second pass.
+        dtype: of the frozen weights and the passes; bottleneck and losses are float32 always.
+        attention: attention implementation of transformers.
+        gradient_checkpointing: recompute decoder layers in the backward pass to save memory.
+
+    Raises:
+        ConfigError: if the base cannot be loaded or has no layer that the adapter matches.
+    """
+
+    def __init__(
+        self,
+        base: str = "embedded:guide",
+        lora_rank: int = 32,
+        lora_alpha: float = 64,
+        lora_dropout: float = 0.05,
+        gate: Literal["sigmoid", "exp"] = "sigmoid",
+        learned_prior: bool = True,
+        head_layers: Literal[1, 2] = 2,
+        gate_bias: float = 0.0,
+        log_variance_bias: float = -2.0,
+        bottleneck_order: PromptOrder = "question_first",
+        reconstruction_order: PromptOrder = "question_first",
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        attention: str = "sdpa",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        super().__init__()
+        self.arguments: dict[str, Any] = arguments
+        self.bottleneck_order, self.reconstruction_order = bottleneck_order, reconstruction_order
+        self.vlm = InternVL.load(base, getattr(torch, dtype), attention)
+        self.base_fingerprint = _fingerprint(self.vlm.model)
+        self.vlm.model.requires_grad_(False)
+        if gradient_checkpointing:
+            self.vlm.decoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        self.model: nn.Module = self.vlm.model
+        if lora_rank:
+            config = LoraConfig(
+                r=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=LORA_TARGETS
+            )
+            try:
+                self.model = get_peft_model(self.vlm.model, config)
+            except ValueError as error:
+                raise ConfigError(f"the adapter matches no layer of {base!r}: {error}") from error
+        self.bottleneck = GaussianBottleneck(
+            self.vlm.width,
+            gate=gate,
+            learned_prior=learned_prior,
+            head_layers=head_layers,
+            gate_bias=gate_bias,
+            log_variance_bias=log_variance_bias,
+        )
+
+    def forward(self, request: Request) -> Tensor:
+        """Return D of every visual token (Sec. 3.3): float32 (B, M), -inf on padding; one pass, no decoding."""
+        with torch.no_grad():
+            found = self.bottleneck_pass(request, self.visual_tokens(request))
+        return found.divergence.masked_fill(~found.mask, -torch.inf)
+
+    @torch.no_grad()
+    def visual_tokens(self, request: Request) -> Tensor:
+        """Encode every image once and return V of each question's image: (B, M, d), zero on padding."""
+        encoded = self.vlm.visual_tokens(request.tiles)
+        images = [part.flatten(0, 1) for part in encoded.split([grid.tiles for grid in request.grids])]
+        return pad_sequence([images[i] for i in request.images], batch_first=True)
+
+    def bottleneck_pass(self, request: Request, visual: Tensor, subset: Subset | None = None) -> BottleneckPass:
+        """Run the first pass: X then V, cut at the last visual slot, and the bottleneck on V' (Eqs. 1-3).
+
+        Args:
+            request: the questions.
+            visual: V (B, M, d).
+            subset: which visual tokens take part; all by default.
+        """
+        processor = self.vlm.processor
+        prompts = [processor.prompt(question, None, self.bottleneck_order) for question in request.questions]
+        slots = self._lay_out(prompts, request, subset, cut=True)
+        states = slots.gather(self._decode(slots, _take(visual, subset)))
+        posterior = self.bottleneck(states)
+        return BottleneckPass(posterior, self.bottleneck.divergence(posterior), slots.visual_mask, states)
+
+    def reconstruction_pass(
+        self,
+        request: Request,
+        answers: list[str],
+        latents: Tensor,
+        subset: Subset | None = None,
+        blind: bool = False,
+    ) -> Reconstruction:
+        """Run the second pass: the same model predicts Y with Z (Eq. 4) in the visual slots.
+
+        Args:
+            request: the questions.
+            answers: B answers.
+            latents: Z (B, m, d).
+            subset: the visual tokens that Z stands for, as in the first pass.
+            blind: leave the question out, so that Y must be read from Z alone (ours, not the paper's).
+        """
+        processor, order = self.vlm.processor, self.reconstruction_order
+        pairs = zip(request.questions, answers, strict=True)
+        prompts = [processor.prompt(None if blind else question, answer, order) for question, answer in pairs]
+        slots = self._lay_out(prompts, request, subset)
+        hidden = self._decode(slots, latents)
+        # The head is the widest product of a step: it runs on supervised slots only.
+        logits = self.vlm.model.lm_head(hidden[slots.rows, slots.sources])
+        return Reconstruction(logits.float(), slots.targets, slots.rows)
+
+    def train(self, mode: bool = True) -> PosteriorGuide:
+        """Set training mode; the frozen vision tower stays in evaluation mode."""
+        super().train(mode)
+        self.vlm.model.model.vision_tower.eval()
+        return self
+
+    def trainable(self) -> dict[str, Tensor]:
+        """Return what is trained or read in place of training: adapter, heads and prior, by name."""
+        kept = {name: value for name, value in self.state_dict().items() if "lora_" in name or "bottleneck." in name}
+        return kept
+
+    def save_pretrained(self, folder: Path | str, summary: dict[str, Any] | None = None) -> None:
+        """Write the guide artefact: adapter, bottleneck, processor and `guide.json`.
+
+        Args:
+            folder: made if missing.
+            summary: what to keep of the training.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.model, PeftModel):
+            with warnings.catch_warnings():
+                # peft looks for the base's config on a hub to see whether embeddings changed; they did not.
+                warnings.filterwarnings("ignore", message="Could not find a config file")
+                self.model.save_pretrained(str(folder), save_embedding_layers=False)
+        save_file(
+            {k: v.detach().contiguous().cpu() for k, v in self.bottleneck.state_dict().items()},
+            folder / "bottleneck.safetensors",
+        )
+        self.vlm.processor.save(folder)
+        rule = self.vlm.processor.rule
+        facts = {
+            "method": "posterior",
+            "method_version": METHOD_VERSION,
+            "family": "internvl",
+            "base_fingerprint": self.base_fingerprint,
+            "tokens_per_tile": rule.tokens_per_side**2,
+            "tile_size": rule.tile_size,
+            "arguments": self.arguments,
+            "training": summary or {},
+        }
+        (folder / "guide.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str, **overrides: Any) -> PosteriorGuide:
+        """Load a guide artefact, in evaluation mode.
+
+        Args:
+            folder: what `save_pretrained` wrote.
+            overrides: constructor arguments to change, e.g. where the base now lies.
+
+        Raises:
+            ConfigError: if the folder is no such artefact or the base is not the one the guide was trained on.
+        """
+        folder = Path(folder)
+        path = folder / "guide.json"
+        if not path.is_file():
+            raise ConfigError(f"{folder} holds no guide: expected guide.json, as written by `pgp export`")
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if facts.get("method") != "posterior" or facts.get("method_version") != METHOD_VERSION:
+            raise ConfigError(
+                f"{path} is of method {facts.get('method')!r}, version {facts.get('method_version')}; "
+                f"this package reads 'posterior', version {METHOD_VERSION}"
+            )
+        guide = cls(**{**facts["arguments"], **overrides})
+        if guide.base_fingerprint != facts["base_fingerprint"]:
+            raise ConfigError(
+                f"{folder} was trained on another base: {guide.arguments['base']!r} has fingerprint "
+                f"{guide.base_fingerprint}, the guide expects {facts['base_fingerprint']}; pass base= its own"
+            )
+        if isinstance(guide.model, PeftModel):
+            guide.model.load_adapter(str(folder), "default", is_trainable=True)
+        guide.bottleneck.load_state_dict(load_file(folder / "bottleneck.safetensors"))
+        return guide.eval()
+
+    def _lay_out(self, prompts: list[Any], request: Request, subset: Subset | None, cut: bool = False) -> Slots:
+        kept, mask = subset or (None, None)
+        return lay_out(prompts, request.counts, request.tiles.device, kept=kept, kept_mask=mask, cut=cut)
+
+    def _decode(self, slots: Slots, visual: Tensor) -> Tensor:
+        """Run the decoder without its head: hidden states (B, N, d) after the final norm."""
+        embeddings = slots.place(self.vlm.model.get_input_embeddings()(slots.ids), visual)
+        hidden: Tensor = self.vlm.decoder(
+            inputs_embeds=embeddings, attention_mask=slots.mask, position_ids=slots.positions, use_cache=False
+        ).last_hidden_state
+        return hidden
+
+
+def _take(visual: Tensor, subset: Subset | None) -> Tensor:
+    if subset is None:
+        return visual
+    return visual.gather(1, subset.kept[..., None].expand(-1, -1, visual.shape[-1]))
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Tell models apart cheaply: a hash of every weight's name, shape and first values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(value.flatten()[:8].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
