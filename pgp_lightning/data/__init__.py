@@ -1,0 +1,7 @@
+"""Data: manifests, shards, and an exactly resumable stream over them."""
+
+from pgp_lightning.data.collate import Batch
+from pgp_lightning.data.manifest import Manifest
+from pgp_lightning.data.shards import SampleBuilder, verify_source, write_source
+
+__all__ = ["Batch", "Manifest", "SampleBuilder", "verify_source", "write_source"]

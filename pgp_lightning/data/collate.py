@@ -1,0 +1,116 @@
+"""Conversations -> a batch: one row per turn, one image per record."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pgp_lightning.data.conversation import Conversation
+from pgp_lightning.vlm.request import Request
+
+__all__ = ["Batch", "Item", "collate"]
+
+
+class Item(NamedTuple):
+    """A conversation, the source it came from, and its position in the global order."""
+
+    conversation: Conversation
+    source: str
+    position: int
+
+
+@dataclass
+class Batch:
+    """A micro-batch of B rows; a row is a turn, and the rows of a record share its image.
+
+    Args:
+        request: questions and tiles; tiles stay uint8 and are normalised on the device.
+        answers: B answers.
+        sources: B source names.
+        keys: B record keys.
+        types: B kinds of question, empty where the record does not say.
+        indices: B positions of the records in the global order; with `turns`, the key of a row's random numbers.
+        turns: B places of the turns in their records.
+        epoch: the data epoch of the batch.
+        rejected: "source/reason" -> records that could not be used since the batch before.
+    """
+
+    request: Request
+    answers: list[str]
+    sources: list[str]
+    keys: list[str]
+    types: list[str]
+    indices: list[int]
+    turns: list[int]
+    epoch: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    def records(self) -> Counter[str]:
+        """Return the number of records of each source."""
+        return Counter(source for source, turn in zip(self.sources, self.turns, strict=True) if turn == 0)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """Return the batch with its tensors on a device; pinned tiles travel without blocking."""
+        overlap = non_blocking or self.request.tiles.is_pinned()
+        return replace(self, request=self.request.to(device, non_blocking=overlap))
+
+    def pin_memory(self) -> Batch:
+        """Return the batch with its tensors in page-locked memory."""
+        relevant = self.request.relevant
+        request = replace(
+            self.request,
+            tiles=self.request.tiles.pin_memory(),
+            relevant=None if relevant is None else relevant.pin_memory(),
+        )
+        return replace(self, request=request)
+
+
+def collate(items: Sequence[Item], epoch: int = 0, rejected: Mapping[str, int] | None = None) -> Batch:
+    """Put conversations into one batch.
+
+    Args:
+        items: at least one.
+        epoch: the data epoch.
+        rejected: "source/reason" -> records left out on the way.
+    """
+    rows = [
+        (image, place, turn) for image, item in enumerate(items) for place, turn in enumerate(item.conversation.turns)
+    ]
+    of_rows = [items[image] for image, _, _ in rows]
+    request = Request(
+        questions=[turn.question for _, _, turn in rows],
+        tiles=torch.from_numpy(np.concatenate([item.conversation.tiles for item in items])),
+        grids=[item.conversation.grid for item in items],
+        images=[image for image, _, _ in rows],
+    )
+    request.relevant = _relevant(request.counts, [turn.relevant for _, _, turn in rows])
+    return Batch(
+        request=request,
+        answers=[turn.answer for _, _, turn in rows],
+        sources=[item.source for item in of_rows],
+        keys=[item.conversation.key for item in of_rows],
+        types=[turn.type for _, _, turn in rows],
+        indices=[item.position for item in of_rows],
+        turns=[place for _, place, _ in rows],
+        epoch=epoch,
+        rejected=dict(rejected or {}),
+    )
+
+
+def _relevant(counts: list[int], rows: list[tuple[int, ...] | None]) -> Tensor | None:
+    """Return bool (B, M), False where unknown, or None if it is unknown for all rows."""
+    if all(row is None for row in rows):
+        return None
+    relevant = torch.zeros(len(rows), max(counts), dtype=torch.bool)
+    for mask, row in zip(relevant, rows, strict=True):
+        mask[list(row or ())] = True
+    return relevant

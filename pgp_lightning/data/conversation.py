@@ -1,0 +1,197 @@
+"""One record -> a checked conversation: question turns about one tiled image.
+
+A record that cannot be used raises `UnusableRecord` with a short stable reason, which training counts per source:
+
+- `no-image`: the record has no image;
+- `bad-image`: the image does not decode, is of another format, or has too many pixels;
+- `bad-record`: the JSON is missing or is no record;
+- `no-turns`: there is no question turn;
+- `empty-question`, `empty-answer`: a turn lacks its text;
+- `bad-relevant`: `relevant` is no list of visual token indices of the image;
+- `too-long`: a turn does not fit the length budget even with a single tile.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from PIL import Image
+
+from pgp_lightning.data.shards import RawRecord
+from pgp_lightning.errors import DataError
+from pgp_lightning.vlm.tiles import TileGrid, TileRule, cut_tiles
+
+__all__ = ["Conversation", "ConversationReader", "Processor", "Turn", "UnusableRecord"]
+
+_FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+class Processor(Protocol):
+    """What data needs to know of a model: how it tiles, how long its prompts are; picklable for worker processes."""
+
+    @property
+    def rule(self) -> TileRule:
+        """How the model tiles images."""
+
+    @property
+    def max_length(self) -> int:
+        """Longest prompt with answer, in slots."""
+
+    def prompt_length(self, question: str, answer: str, visual_tokens: int) -> int:
+        """Return the number of slots of a prompt with its answer."""
+
+
+class UnusableRecord(DataError):
+    """A record that cannot be used.
+
+    Args:
+        reason: a short stable slug.
+        detail: what was found, for people.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and its answer; `relevant` are the indices of the visual tokens that matter, where they are known."""
+
+    question: str
+    answer: str
+    relevant: tuple[int, ...] | None = None
+    type: str = ""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns about one image; tiles are uint8 (T, 3, S, S), thumbnail last."""
+
+    key: str
+    turns: tuple[Turn, ...]
+    tiles: np.ndarray
+    grid: TileGrid
+
+
+@dataclass(frozen=True)
+class ConversationReader:
+    """Turns a raw record into a conversation.
+
+    An image that makes a turn too long is tiled more coarsely, down to one tile, before the record is given up; it
+    is never cut. `relevant` counts the tokens of the finest tiling, which the record may state as `tokens`: on any
+    other grid, because fewer tiles had to do or because this model tiles otherwise, it does not apply and is dropped.
+    The turns of a record stand or fall together; turns that are not used are not checked.
+
+    Args:
+        processor: the model's tile rule and prompt lengths.
+        turns: use the first question turn of a record, or all.
+        max_length: length budget in prompt slots; by default the processor's.
+        max_pixels: largest image that is decoded.
+    """
+
+    processor: Processor
+    turns: Literal["first", "all"] = "first"
+    max_length: int | None = None
+    max_pixels: int = 64_000_000
+
+    def __call__(self, raw: RawRecord) -> Conversation:
+        """Read, check and tile a record.
+
+        Raises:
+            UnusableRecord: if it cannot be used.
+        """
+        if raw.image is None:
+            raise UnusableRecord("no-image", f"{raw.key} has no image")
+        record = _parse(raw)
+        turns = tuple(_turn(raw.key, value) for value in _selected(raw.key, record, self.turns))
+        image = self._open(raw.key, raw.image)
+        finest = self.processor.rule.grid(*image.size)
+        for turn in turns:
+            if turn.relevant is not None and max(turn.relevant, default=0) >= record.get("tokens", finest.tokens):
+                raise UnusableRecord("bad-relevant", f"{raw.key}: an index exceeds the image's visual tokens")
+        limit = self._tile_limit(raw.key, turns, *image.size)
+        try:
+            tiles, grid = cut_tiles(image, self.processor.rule, limit)
+        except _IMAGE_ERRORS as error:
+            raise UnusableRecord("bad-image", f"{raw.key}: {error}") from error
+        if grid != finest or record.get("tokens", grid.tokens) != grid.tokens:
+            turns = tuple(replace(turn, relevant=None) for turn in turns)
+        return Conversation(raw.key, turns, tiles, grid)
+
+    def _open(self, key: str, data: bytes) -> Image.Image:
+        """Open an image without decoding its pixels yet."""
+        try:
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        except _IMAGE_ERRORS as error:
+            raise UnusableRecord("bad-image", f"{key}: {error}") from error
+        if image.width * image.height > self.max_pixels:
+            raise UnusableRecord("bad-image", f"{key}: {image.size} is more than {self.max_pixels} pixels")
+        return image
+
+    def _tile_limit(self, key: str, turns: tuple[Turn, ...], width: int, height: int) -> int:
+        """Return the greatest number of tiles with which every turn fits the length budget."""
+        rule = self.processor.rule
+        budget = self.processor.max_length if self.max_length is None else self.max_length
+        limit, length = rule.max_tiles, 0
+        while limit >= 1:
+            grid = replace(rule, min_tiles=min(rule.min_tiles, limit), max_tiles=limit).grid(width, height)
+            length = max(self.processor.prompt_length(turn.question, turn.answer, grid.tokens) for turn in turns)
+            if length <= budget:
+                return limit
+            limit = min(limit, grid.columns * grid.rows) - 1
+        raise UnusableRecord("too-long", f"{key}: {length} slots with one tile, the budget is {budget}")
+
+
+# What PIL raises for input that is no image, for a damaged one, and for one that is too large to be honest.
+_IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+def _parse(raw: RawRecord) -> dict[str, Any]:
+    """Return a record's JSON object."""
+    try:
+        record = json.loads(raw.text or b"")
+    except (ValueError, RecursionError) as error:
+        raise UnusableRecord("bad-record", f"{raw.key}: {error}") from error
+    if not isinstance(record, dict):
+        raise UnusableRecord("bad-record", f"{raw.key}: expected an object, got {type(record).__name__}")
+    if "tokens" in record and not _is_index(record["tokens"]):
+        raise UnusableRecord("bad-record", f"{raw.key}: tokens must be a count, got {record['tokens']!r}")
+    return record
+
+
+def _selected(key: str, record: dict[str, Any], which: Literal["first", "all"]) -> list[Any]:
+    """Return the turns to use."""
+    turns = record.get("turns")
+    if not isinstance(turns, list) or not turns:
+        raise UnusableRecord("no-turns", f"{key} has no question turn")
+    return turns[:1] if which == "first" else turns
+
+
+def _turn(key: str, value: object) -> Turn:
+    """Check one turn."""
+    if not isinstance(value, dict):
+        raise UnusableRecord("bad-record", f"{key}: expected a turn, got {type(value).__name__}")
+    texts = {}
+    for name in ("question", "answer"):
+        text = value.get(name)
+        if not isinstance(text, str) or not text.strip():
+            raise UnusableRecord(f"empty-{name}", f"{key}: expected a text, got {text!r}")
+        texts[name] = text
+    relevant = value.get("relevant")
+    if relevant is not None:
+        if not isinstance(relevant, list) or not all(_is_index(index) for index in relevant):
+            raise UnusableRecord("bad-relevant", f"{key}: expected a list of token indices")
+        relevant = tuple(sorted(set(relevant)))
+    return Turn(**texts, relevant=relevant, type=str(value.get("type", "")))
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -1,0 +1,185 @@
+"""Instruction data for Lightning: builds missing shards, streams the training split, walks the others in order."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import lightning.pytorch as pl
+
+from pgp_lightning.data.conversation import ConversationReader
+from pgp_lightning.data.loader import EvaluationLoader, TrainingLoader
+from pgp_lightning.data.manifest import Manifest
+from pgp_lightning.data.mixture import Mixture, StreamSource, check_topology
+from pgp_lightning.data.shards import build_source
+from pgp_lightning.errors import ConfigError
+
+__all__ = ["InstructionData"]
+
+
+class InstructionData(pl.LightningDataModule):
+    """Question-answer data from the shards of a manifest.
+
+    Training data is one endless stream with a nominal length of `trainer.max_steps` optimizer steps, so Lightning sees
+    a single epoch; a batch knows its data epoch. A checkpoint holds the position, and a resumed run goes on at the
+    exact record with any number of ranks x workers that divides the lanes.
+
+    Args:
+        manifest: a YAML file that says what the data is, e.g. data_manifests/embedded.yaml.
+        base: the guide's base model, whose tiling and prompts the data is prepared for: a folder or a hub id.
+        batch_size: records per micro-batch of one rank.
+        val_batch_size: records per batch in validation and test; by default batch_size.
+        turns: use the `first` question turn of a record, or `all`, which share the image.
+        max_length: longest prompt with answer in slots; longer ones get fewer tiles, then are left out. By default
+            the base model's limit.
+        workers: worker processes per rank that read and decode; 0 reads in the training process.
+        lanes: virtual streams that fix the order for any number of ranks x workers that divides them.
+        seed: seed of the order.
+        shuffle_window: records of one source within a lane that are shuffled together.
+        limit_val_records: validate on so many records, taken from all sources in proportion; by default on all.
+        root: folder of the shards, in place of the manifest's.
+        build_workers: processes that write shards when a source has to be built; 0 writes in the main process.
+    """
+
+    def __init__(
+        self,
+        manifest: str,
+        base: str,
+        batch_size: int = 1,
+        val_batch_size: int | None = None,
+        turns: Literal["first", "all"] = "first",
+        max_length: int | None = None,
+        workers: int = 0,
+        lanes: int = 64,
+        seed: int = 0,
+        shuffle_window: int = 1000,
+        limit_val_records: int | None = None,
+        root: str | None = None,
+        build_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        numbers = {
+            "batch_size": batch_size,
+            "val_batch_size": val_batch_size,
+            "max_length": max_length,
+            "lanes": lanes,
+            "shuffle_window": shuffle_window,
+            "limit_val_records": limit_val_records,
+        }
+        for name, value in numbers.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"data.{name} must be at least 1, got {value}")
+        for name, value in {"workers": workers, "seed": seed, "build_workers": build_workers}.items():
+            if value < 0:
+                raise ConfigError(f"data.{name} must be at least 0, got {value}")
+        self.manifest, self.base, self.root = manifest, base, root
+        self.batch_size = batch_size
+        self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
+        self.turns, self.max_length = turns, max_length
+        self.workers, self.build_workers = workers, build_workers
+        self.lanes, self.seed, self.shuffle_window = lanes, seed, shuffle_window
+        self.limit_val_records = limit_val_records
+        self.reader: ConversationReader | None = None
+        self.mixture: Mixture | None = None
+        self._splits: dict[str, tuple[StreamSource, ...]] = {}
+
+    def prepare_data(self) -> None:
+        """Build the sources that have no shards; Lightning calls it on one rank while the others wait.
+
+        Raises:
+            ConfigError: if a source has neither shards nor a `build:`, or shards of other build settings.
+            DataError: if shards are missing or damaged.
+        """
+        for sources in Manifest.load(self.manifest, self.root).splits.values():
+            for source in sources:
+                build_source(source, self.build_workers)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the manifest and the indices, and plan the mixture.
+
+        Raises:
+            ConfigError: if a split is missing that the stage needs, or the lanes do not suit data or ranks.
+            DataError: if shards are missing or damaged.
+        """
+        from pgp_lightning.vlm.internvl import load_processor  # loads a tokenizer: only when data is really used
+
+        manifest = Manifest.load(self.manifest, self.root)
+        needed = {"fit": ["train"], "validate": ["val"], "test": ["test"], "predict": ["test"]}.get(stage or "", [])
+        wanted = needed + ["val"] * (stage == "fit" and "val" in manifest.splits) if stage else list(manifest.splits)
+        for split in wanted:
+            self._splits[split] = tuple(StreamSource.load(source) for source in manifest.sources(split))
+        self.reader = ConversationReader(load_processor(self.base), self.turns, self.max_length)
+        if "train" in wanted:
+            self.mixture = Mixture(self._splits["train"], self.seed, self.lanes, self.batch_size, self.shuffle_window)
+            check_topology(self.lanes, self.trainer.world_size if self.trainer else 1, self.workers)
+
+    def train_dataloader(self) -> TrainingLoader:
+        """Return this rank's share of the endless stream.
+
+        Raises:
+            ConfigError: if the trainer does not say how many steps there are.
+        """
+        trainer = self._trainer()
+        if trainer.max_steps < 1:
+            raise ConfigError(f"trainer.max_steps must say how long training is, got {trainer.max_steps}")
+        if self.mixture is None or self.reader is None:
+            raise RuntimeError("setup has not run")
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        return TrainingLoader(
+            self.mixture,
+            self.reader,
+            length=trainer.max_steps * trainer.accumulate_grad_batches,
+            rank=trainer.global_rank,
+            ranks=trainer.world_size,
+            workers=self.workers,
+            processed=lambda: progress.state_dict()["current"]["processed"],
+            pin_memory=trainer.strategy.root_device.type == "cuda",
+        )
+
+    def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
+        """Return this rank's share of the validation split; nothing if the manifest has none."""
+        return self._evaluation("val", self.limit_val_records) if "val" in self._splits else []
+
+    def test_dataloader(self) -> EvaluationLoader:
+        """Return this rank's share of the test split."""
+        return self._evaluation("test", None)
+
+    def predict_dataloader(self) -> EvaluationLoader:
+        """Return this rank's share of the test split."""
+        return self._evaluation("test", None)
+
+    def source_names(self, split: str) -> list[str]:
+        """Return the names of a split's sources, as far as `setup` has read it."""
+        return [source.name for source in self._splits.get(split, ())]
+
+    def sample(self, split: str, records: int) -> EvaluationLoader:
+        """Return some records of a split in order, without a trainer; call `prepare_data` first.
+
+        Raises:
+            ConfigError: if the manifest has no such split.
+            DataError: if shards are missing or damaged.
+        """
+        from pgp_lightning.vlm.internvl import load_processor
+
+        sources = tuple(StreamSource.load(source) for source in Manifest.load(self.manifest, self.root).sources(split))
+        reader = ConversationReader(load_processor(self.base), self.turns, self.max_length)
+        return EvaluationLoader(sources, reader, self.val_batch_size, limit=records)
+
+    def _evaluation(self, split: str, limit: int | None) -> EvaluationLoader:
+        trainer = self._trainer()
+        if self.reader is None:
+            raise RuntimeError("setup has not run")
+        return EvaluationLoader(
+            self._splits[split],
+            self.reader,
+            self.val_batch_size,
+            rank=trainer.global_rank,
+            ranks=trainer.world_size,
+            workers=self.workers,
+            limit=limit,
+            pin_memory=trainer.strategy.root_device.type == "cuda",
+        )
+
+    def _trainer(self) -> pl.Trainer:
+        if self.trainer is None:
+            raise RuntimeError("the data module has no trainer yet: pass it to trainer.fit")
+        return self.trainer

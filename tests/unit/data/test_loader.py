@@ -1,0 +1,253 @@
+"""Loaders: one order for every topology, exact resume, and honest accounts of what cannot be used."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from data_world import SIZES, PictureBuilder, WordProcessor, stream_source
+
+from pgp_lightning.data import loader as module
+from pgp_lightning.data.collate import Batch
+from pgp_lightning.data.conversation import ConversationReader
+from pgp_lightning.data.loader import EvaluationLoader, RejectTally, TrainingLoader
+from pgp_lightning.data.mixture import Mixture, StreamSource
+from pgp_lightning.data.shards import write_source
+from pgp_lightning.errors import ConfigError, DataError
+
+READER = ConversationReader(WordProcessor())
+Summary = tuple[list[str], list[int], int, dict[str, int], int]
+
+
+def summary(batch: Batch) -> Summary:
+    """Return what identifies a batch, its pixels included."""
+    return batch.keys, batch.indices, batch.epoch, batch.rejected, int(batch.request.tiles.long().sum())
+
+
+def mixture_of(sources: tuple[StreamSource, ...], **changes: Any) -> Mixture:
+    """Return a mixture of 4 lanes and 2 records a batch: 16 batches an epoch."""
+    return Mixture(sources, **{"seed": 7, "lanes": 4, "batch_size": 2, "window": 8, **changes})
+
+
+def stream(mixture: Mixture, ranks: int, workers: int, first: int = 0, stop: int = 40) -> dict[int, Summary]:
+    """Return the global micro-batches first..stop-1 as the ranks of a job deliver them."""
+    found = {}
+    for rank in range(ranks):
+        loader = TrainingLoader(mixture, READER, stop // ranks, rank, ranks, workers)
+        loader.load_state_dict({**loader.state_dict(), "global_batches": first})
+        for number, batch in enumerate(loader, start=first // ranks):
+            found[number * ranks + rank] = summary(batch)
+    return found
+
+
+def simulated(
+    mixture: Mixture, ranks: int, workers: int, first: int, stop: int, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """Return the same, with the workers of a DataLoader played in this process, which collects from them in turn."""
+    found: dict[int, Summary] = {}
+    for rank in range(ranks):
+        streams = []
+        for worker in range(workers):
+            data = module._TrainingBatches(mixture, READER, rank, ranks, first // ranks, stop // ranks)
+            with monkeypatch.context() as patch:
+                info = SimpleNamespace(id=worker, num_workers=workers)
+                patch.setattr(module, "get_worker_info", lambda info=info: info)
+                streams.append(iter(list(data)))
+        for number in range(first // ranks, stop // ranks):
+            parcel = next(streams[(number - first // ranks) % workers])
+            assert isinstance(parcel, Batch)
+            found[number * ranks + rank] = summary(parcel)
+    return found
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> StreamSource:
+    """A source of 40 records, five of which cannot be used."""
+    folder = tmp_path_factory.mktemp("broken") / "broken"
+    write_source(folder, PictureBuilder("broken", 40, broken=(3, 4, 5, 20, 39)), 11, progress=False)
+    return stream_source(folder, allowed_rejects=0.5)
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_every_topology_delivers_the_same_batches(
+    sources: tuple[StreamSource, ...], broken: StreamSource, monkeypatch: pytest.MonkeyPatch, bad: bool
+) -> None:
+    mixture = mixture_of((*sources, broken) if bad else sources)
+    expected = stream(mixture, 1, 0)
+    assert list(expected) == list(range(40))
+    assert [index for number in range(40) for index in expected[number][1]] == list(range(80))
+    assert stream(mixture, 2, 0) == stream(mixture, 4, 0) == expected
+    for ranks, workers in ((2, 2), (1, 4), (4, 1), (1, 2)):
+        for first in (0, 4, 20):
+            found = simulated(mixture, ranks, workers, first, 40, monkeypatch)
+            assert found == {number: batch for number, batch in expected.items() if number >= first}
+
+
+def test_worker_processes_deliver_the_same_batches(sources: tuple[StreamSource, ...]) -> None:
+    mixture = mixture_of(sources)
+    assert stream(mixture, 1, 2, first=3, stop=20) == stream(mixture, 1, 0, first=3, stop=20)
+
+
+def test_resuming_anywhere_is_the_undisturbed_stream(sources: tuple[StreamSource, ...], broken: StreamSource) -> None:
+    mixture = mixture_of((*sources, broken))
+    expected = stream(mixture, 1, 0, stop=60)
+    generator = random.Random(0)
+    for _ in range(12):  # stop at random places, each time on another number of ranks
+        first = 4 * generator.randrange(1, 15)
+        ranks = generator.choice((1, 2, 4))
+        found = stream(mixture, ranks, 0, first, 60)
+        assert found == {number: batch for number, batch in expected.items() if number >= first}
+
+
+def test_state_is_what_was_consumed(sources: tuple[StreamSource, ...]) -> None:
+    expected = stream(mixture_of(sources), 1, 0)
+    processed = 0
+    loader = TrainingLoader(mixture_of(sources), READER, 40, processed=lambda: processed)
+    for number, _ in enumerate(loader):
+        assert loader.state_dict()["global_batches"] == number  # delivered, but training has not finished with it
+        processed = number + 1
+        assert loader.state_dict()["global_batches"] == number + 1
+        if number == 16:
+            break
+    again = TrainingLoader(mixture_of(sources), READER, 40)
+    again.load_state_dict(loader.state_dict())
+    assert [summary(batch) for batch in again] == [expected[number] for number in range(17, 40)]
+    # The stream does not begin again when a loader is iterated twice.
+    twice = TrainingLoader(mixture_of(sources), READER, 20)
+    assert [summary(batch) for _ in range(2) for batch in twice] == list(expected.values())
+    assert len(twice) == 20
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 8}, "seed was 7 and is 8"),
+        ({"lanes": 8}, "lanes was 4 and is 8"),
+        ({"batch_size": 1}, "batch_size was 2 and is 1"),
+        ({"window": 9}, "window was 8 and is 9"),
+    ],
+)
+def test_another_order_is_refused(sources: tuple[StreamSource, ...], change: dict[str, int], message: str) -> None:
+    state = TrainingLoader(mixture_of(sources), READER, 40).state_dict()
+    with pytest.raises(ConfigError, match=message):
+        TrainingLoader(mixture_of(sources, **change), READER, 40).load_state_dict(state)
+
+
+def test_other_data_turns_or_ranks_are_refused(sources: tuple[StreamSource, ...]) -> None:
+    state = TrainingLoader(mixture_of(sources), READER, 40).state_dict()
+    repeated = (replace(sources[0], repeat=2.0), *sources[1:])
+    with pytest.raises(ConfigError, match="manifest was"):
+        TrainingLoader(mixture_of(repeated), READER, 40).load_state_dict(state)
+    with pytest.raises(ConfigError, match="turns was 'first' and is 'all'"):
+        TrainingLoader(mixture_of(sources), replace(READER, turns="all"), 40).load_state_dict(state)
+    with pytest.raises(ConfigError, match=r"6 micro-batches do not divide by 4 ranks: use one of \[1, 2\]"):
+        TrainingLoader(mixture_of(sources), READER, 40, ranks=4).load_state_dict({**state, "global_batches": 6})
+    with pytest.raises(ConfigError, match="4 lanes cannot be dealt to 1 ranks x 3 workers"):
+        TrainingLoader(mixture_of(sources), READER, 40, workers=3)
+
+
+def test_unusable_records_are_counted_once_and_replaced_by_the_same_source(broken: StreamSource) -> None:
+    mixture = Mixture((broken,), lanes=2, batch_size=2, window=5)
+    rejected: Counter[str] = Counter()
+    keys = []
+    for batch in TrainingLoader(mixture, READER, mixture.batches_per_epoch):
+        assert len(batch) == 2
+        rejected.update(batch.rejected)
+        keys += batch.keys
+    assert rejected == {"broken/bad-image": 5}
+    assert len(keys) == 40 and len(set(keys)) == 35
+    assert not {"broken-0003", "broken-0004", "broken-0005", "broken-0020", "broken-0039"} & set(keys)
+
+
+def test_too_many_unusable_records_stop_a_run(broken: StreamSource) -> None:
+    def run(share: float, workers: int = 0) -> None:
+        mixture = Mixture((replace(broken, allowed_rejects=share),), lanes=2, batch_size=2)
+        for _ in TrainingLoader(mixture, READER, mixture.batches_per_epoch, workers=workers):
+            pass
+
+    run(0.125)
+    with pytest.raises(DataError, match=r"'broken' in .*broken: \d+ of \d+ .* allowed are 10.0%: bad-image 5. Repair"):
+        run(0.1)
+    with pytest.raises(DataError, match=r"allowed are 0\.0%: bad-image [12]\. Repair"):
+        run(0.0)
+
+
+def test_a_source_of_which_nothing_can_be_used(tmp_path: Path) -> None:
+    write_source(tmp_path / "all", PictureBuilder("all", 30, broken=tuple(range(30))), progress=False)
+    mixture = Mixture((stream_source(tmp_path / "all", allowed_rejects=1.0),), lanes=2, batch_size=2)
+    with pytest.raises(DataError, match=r"'all' in .*: none of 30 records in a row can be used: bad-image 30"):
+        next(iter(TrainingLoader(mixture, READER, 10)))
+
+
+def test_the_tally_allows_for_bad_luck_but_not_for_bad_data(sources: tuple[StreamSource, ...]) -> None:
+    shard = replace(sources[0].shards[0], samples=100_000)
+    source = StreamSource("s", (shard,), allowed_rejects=0.01)
+    tally = RejectTally((source,))
+    tally.add(Counter(s=99), {"s/no-image": 50})  # half of them, but too few to judge by
+    with pytest.raises(DataError, match="50 of 100 records"):
+        tally.add(Counter(s=1), {"s/too-long": 0})
+    tally = RejectTally((source,))
+    tally.add(Counter(s=1000), {"s/no-image": 15})  # 10 expected, 19 is three standard deviations more
+    with pytest.raises(DataError, match=r"20 of 1000 records \(2.0%\) .*: no-image 15, too-long 5"):
+        tally.add(Counter(), {"s/too-long": 5})
+
+
+def test_damaged_shards_are_named_even_from_a_worker(tmp_path: Path) -> None:
+    write_source(tmp_path / "a", PictureBuilder("a", 12), 6, progress=False)
+    mixture = Mixture((stream_source(tmp_path / "a"),), lanes=2, batch_size=2)
+    shard = tmp_path / "a" / "a-00001.tar"
+    shard.write_bytes(shard.read_bytes()[:3000])
+    with pytest.raises(DataError, match=r"^.*a-00001.tar has 3000 bytes, index.json promises \d+: delete") as caught:
+        list(TrainingLoader(mixture, READER, 6, workers=1))
+    assert "Traceback" not in str(caught.value)
+    shard.unlink()
+    with pytest.raises(DataError, match=r"a-00001.tar is missing"):
+        list(TrainingLoader(mixture, READER, 6))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 4, 200])
+def test_evaluation_sees_every_record_once_in_order(
+    sources: tuple[StreamSource, ...], ranks: int, batch_size: int
+) -> None:
+    loaders = [EvaluationLoader(sources, READER, batch_size, rank, ranks) for rank in range(ranks)]
+    assert len({len(loader) for loader in loaders}) == 1
+    found = [list(loader) for loader in loaders]
+    merged = [batch for step in zip(*found, strict=True) for batch in step]
+    keys = [key for batch in merged for key in batch.keys]
+    assert keys == [f"{name}-{number:04d}" for name, size in SIZES.items() for number in range(size)]
+    assert [index for batch in merged for index in batch.indices] == list(range(sum(SIZES.values())))
+    assert max(map(len, merged)) - min(map(len, merged)) <= 1 and max(map(len, merged)) <= batch_size + 1
+    assert [batch.keys for batch in loaders[0]] == [batch.keys for batch in found[0]]  # and again
+
+
+def test_evaluation_with_workers_and_a_limit(sources: tuple[StreamSource, ...]) -> None:
+    limited = list(EvaluationLoader(sources, READER, 8, limit=30))
+    names = Counter(name for batch in limited for name in batch.sources)
+    assert sum(names.values()) == 30 and names == {"large": 22, "middle": 7, "small": 1}
+    assert limited[-1].keys[-1] == "small-0000" and limited[-1].indices[-1] == 97 + 31
+    workers = list(EvaluationLoader(sources, READER, 8, limit=30, workers=2))
+    for one, other in zip(limited, workers, strict=True):
+        assert summary(one) == summary(other)
+        assert torch.equal(one.request.tiles, other.request.tiles)
+    assert sum(len(batch) for batch in EvaluationLoader(sources, READER, 8, limit=10_000)) == 133
+    with pytest.raises(ConfigError, match="1 evaluation records cannot be split over 2 ranks"):
+        EvaluationLoader(sources, READER, 8, ranks=2, limit=1)
+
+
+def test_evaluation_leaves_out_what_cannot_be_used(broken: StreamSource) -> None:
+    batches = list(EvaluationLoader((broken,), READER, 3))
+    keys = [key for batch in batches for key in batch.keys]
+    assert len(keys) == len(set(keys)) == 35
+    assert sum((Counter(batch.rejected) for batch in batches), Counter()) == {"broken/bad-image": 5}
+    assert sum(len(batch) for batch in EvaluationLoader((broken,), READER, 1)) == 35
+    with pytest.raises(DataError, match="no record of an evaluation batch can be used"):
+        list(EvaluationLoader((broken,), READER, 1, rank=0, ranks=2))
+    with pytest.raises(DataError, match=r"allowed are 5\.0%"):
+        list(EvaluationLoader((replace(broken, allowed_rejects=0.05),), READER, 3))
