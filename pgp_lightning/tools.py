@@ -1,0 +1,89 @@
+"""The console script `pgp`: tools around a run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pgp_lightning.errors import ConfigError, DataError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `pgp` and return the exit code: 0 for success, 1 for a failed check, 2 for a set-up that cannot work."""
+    parser = argparse.ArgumentParser(prog="pgp", description="Tools around training a pruning guide.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    export = commands.add_parser("export", help="write the guide artefact of a run")
+    export.add_argument("run", type=Path, help="the run's folder, or a checkpoint file")
+    export.add_argument("folder", type=Path, help="where the artefact goes")
+    export.add_argument("--verify", action="store_true", help="reload the artefact and compare its scores")
+    export.set_defaults(call=_export)
+
+    doctor = commands.add_parser("doctor", help="say whether a fit would work, before paying for it")
+    doctor.add_argument("--config", type=Path, action="append", required=True, help="as for lightning fit")
+    doctor.set_defaults(call=_doctor)
+
+    shards = commands.add_parser("shards", help="build or verify the shards of a manifest")
+    shards.add_argument("action", choices=("build", "verify"))
+    shards.add_argument("manifest", type=Path)
+    shards.add_argument("--root", help="folder of the shards, in place of the manifest's")
+    shards.add_argument("--workers", type=int, default=0, help="processes that write; 0 writes in this one")
+    shards.set_defaults(call=_shards)
+
+    given = parser.parse_args(arguments)
+    try:
+        return int(given.call(given))
+    except DataError as error:
+        return _fail(error, 1)
+    except (ConfigError, FileNotFoundError) as error:
+        return _fail(error, 2)
+
+
+def _fail(error: Exception, code: int) -> int:
+    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    return code
+
+
+def _export(given: argparse.Namespace) -> int:
+    from pgp_lightning.training.export import export_guide, verify_guide
+
+    export_guide(given.run, given.folder)
+    print(f"guide of {given.run} written to {given.folder}")
+    if given.verify:
+        compared, worst = verify_guide(given.run, given.folder)
+        print(f"verified: {compared} scores, greatest difference {worst:g}")
+        return 0 if worst == 0 else 1
+    return 0
+
+
+def _doctor(given: argparse.Namespace) -> int:
+    from pgp_lightning.doctor import examine
+
+    findings = examine(given.config)
+    for finding in findings:
+        print(finding)
+    bad = [finding for finding in findings if finding.state == "fail"]
+    print(f"{len(bad)} of {len(findings)} checks failed" if bad else f"all {len(findings)} checks passed")
+    return 1 if bad else 0
+
+
+def _shards(given: argparse.Namespace) -> int:
+    from pgp_lightning.data.manifest import Manifest
+    from pgp_lightning.data.shards import build_source, verify_source
+
+    for split, sources in Manifest.load(given.manifest, given.root).splits.items():
+        for source in sources:
+            if given.action == "build":
+                build_source(source, given.workers)
+            else:
+                verify_source(source.folder)
+            print(f"{split}/{source.name}: {'there' if given.action == 'build' else 'intact'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
