@@ -1,0 +1,1 @@
+"""Guides: a request in, an importance for every visual token out."""

@@ -92,7 +92,7 @@ class PosteriorGuide(Guide):
         self,
         base: str = "embedded:guide",
         lora_rank: int = 32,
-        lora_alpha: float = 64,
+        lora_alpha: int = 64,
         lora_dropout: float = 0.05,
         gate: Literal["sigmoid", "exp"] = "sigmoid",
         learned_prior: bool = True,
@@ -230,7 +230,7 @@ class PosteriorGuide(Guide):
         (folder / "guide.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str, **overrides: Any) -> PosteriorGuide:
+    def from_pretrained(cls, folder: Path | str, **overrides: Any) -> PosteriorGuide:  # noqa: ANN401
         """Load a guide artefact, in evaluation mode.
 
         Args:

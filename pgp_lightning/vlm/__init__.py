@@ -1,0 +1,1 @@
+"""Foreign vision-language models seen from outside: geometry, prompts, loading."""

@@ -18,7 +18,7 @@ from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFa
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.vlm.tiles import TileRule
 
-__all__ = ["ChatTemplate", "InternVL", "PromptIds", "PromptOrder", "Processor", "load_processor", "resolve_base"]
+__all__ = ["ChatTemplate", "InternVL", "Processor", "PromptIds", "PromptOrder", "load_processor", "resolve_base"]
 
 SIDE_CAR = "vlm.json"
 PromptOrder = Literal["question_first", "image_first"]
@@ -164,11 +164,12 @@ class InternVL:
     @property
     def width(self) -> int:
         """Hidden size d of the language model."""
-        return int(self.model.config.text_config.hidden_size)
+        return int(self.model.get_input_embeddings().get_parameter("weight").shape[1])
 
     def visual_tokens(self, tiles: Tensor) -> Tensor:
         """Encode and project tiles: uint8 (T, 3, S, S) to visual tokens (T, n, d) in the model's dtype."""
-        features: Tensor = self.model.get_image_features(pixel_values=self.normalise(tiles, self.model.dtype)).pooler_output
+        pixels = self.normalise(tiles, self.model.dtype)
+        features: Tensor = self.model.get_image_features(pixel_values=pixels).pooler_output
         return features
 
     @staticmethod

@@ -101,5 +101,6 @@ def lay_out(
             rows += [b] * len(prompt.answer)
             sources += range(first, first + len(prompt.answer))
             targets += prompt.answer
-    parts = (ids, mask, positions, visual, kept_mask, *(torch.tensor(x, dtype=torch.int64) for x in (rows, sources, targets)))
+    supervised = (torch.tensor(numbers, dtype=torch.int64) for numbers in (rows, sources, targets))
+    parts = (ids, mask, positions, visual, kept_mask, *supervised)
     return Slots(*(part.to(device, non_blocking=True) for part in parts))

@@ -1,0 +1,1 @@
+"""The embedded world, its pair of models, and how they were made."""

@@ -1,0 +1,67 @@
+"""A supervised probe: do a guide's visual states V' carry the question at all?
+
+The bottleneck can rank visual tokens by question only if V', taken with the question before the picture, differs
+with the question. A small network trained on the truth itself bounds from above what any score read from V' can
+recall; if it does no better than "some object is here", no bottleneck will.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pgp_lightning.embedded.corpus import Corpus, pick
+from pgp_lightning.embedded.language import Answerer, make_rows
+from pgp_lightning.selection import recall
+from pgp_lightning.vlm.internvl import Processor
+
+__all__ = ["probe_recall"]
+
+
+@torch.no_grad()
+def _visual_states(answerer: Answerer, corpus: Corpus, processor: Processor, questions: int) -> tuple[Tensor, Tensor]:
+    """V' (n, 320, d) of one question a scene, and which tokens are relevant (n, 320)."""
+    rng = np.random.default_rng(0)
+    states, relevant = [], []
+    for first in range(0, questions, 32):
+        scenes = np.arange(first, min(first + 32, questions))
+        chosen = [[next(q for q in pick(corpus.items[i], 99, rng) if q.relevant.any())] for i in scenes]
+        rows = make_rows(corpus, scenes, processor, rng, order="question_first", chosen=chosen)
+        visual = answerer.model.model.multi_modal_projector(rows.features)
+        embeddings = answerer.model.get_input_embeddings()(rows.ids)
+        index = rows.slots[..., None].expand(-1, -1, embeddings.shape[-1])
+        hidden = answerer.model.model.language_model(
+            inputs_embeds=embeddings.scatter(1, index, visual),
+            attention_mask=torch.ones_like(rows.ids),
+            position_ids=rows.positions,
+            use_cache=False,
+        ).last_hidden_state
+        states.append(hidden.gather(1, index))
+        relevant.append(torch.from_numpy(np.stack([items[0].relevant for items in chosen])))
+    return torch.cat(states), torch.cat(relevant)
+
+
+def probe_recall(
+    answerer: Answerer, training: Corpus, test: Corpus, processor: Processor, steps: int = 1500
+) -> dict[str, float]:
+    """Train the probe on some scenes and return its recall at 5, 11 and 20 % on others."""
+    answerer.eval()
+    states, relevant = _visual_states(answerer, training, processor, len(training))
+    torch.manual_seed(0)
+    width = states.shape[-1]
+    probe = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, 1))
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=2e-3, weight_decay=0.01)
+    for _ in range(steps):
+        rows = torch.randint(len(states), (16,))
+        logits = probe(states[rows]).squeeze(-1)
+        loss = functional.binary_cross_entropy_with_logits(logits, relevant[rows].float(), pos_weight=torch.tensor(5.0))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    states, relevant = _visual_states(answerer, test, processor, len(test))
+    with torch.no_grad():
+        scores = probe(states).squeeze(-1)
+    answerer.train()
+    return {f"at_{p}": recall(scores, relevant, p / 100).nanmean().item() for p in (5, 11, 20)}
