@@ -40,7 +40,7 @@ def examine(configs: list[Path]) -> list[Finding]:
     findings = [*_environment()]
     try:
         cli = _instantiate(configs)
-    except (ConfigError, FileNotFoundError, SystemExit, ValueError) as error:
+    except (ConfigError, FileNotFoundError, SystemExit) as error:
         detail = "the configuration was refused, see above" if isinstance(error, SystemExit) else str(error)
         return [*findings, Finding("fail", "config", " ".join(detail.split()))]
     findings.append(Finding("ok", "config", ", ".join(map(str, configs))))
@@ -75,23 +75,33 @@ def _instantiate(configs: list[Path]) -> Any:  # noqa: ANN401 (a LightningCLI, i
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.cli import LightningCLI
 
-    from pgp_lightning.training.command_line import TerseParser
+    from pgp_lightning.training.command_line import TerseParser, quieten, reason_of
 
+    class Parsed(LightningCLI):
+        """Builds model, data and trainer, and runs nothing."""
+
+        def parse_arguments(self, parser: Any, args: Any) -> None:  # noqa: ANN401
+            self.config = parser.parse_args(args)
+
+    quieten()
     for config in configs:
         if not config.is_file():
             raise FileNotFoundError(f"there is no configuration {config}")
-    return LightningCLI(
-        LightningModule,
-        LightningDataModule,
-        args=[part for config in configs for part in ("--config", str(config))],
-        run=False,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        parser_class=TerseParser,
-        auto_configure_optimizers=False,
-        save_config_callback=None,
-        trainer_defaults={"logger": False},
-    )
+    try:
+        return Parsed(
+            LightningModule,
+            LightningDataModule,
+            args=[part for config in configs for part in ("--config", str(config))],
+            run=False,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_class=TerseParser,
+            auto_configure_optimizers=False,
+            save_config_callback=None,
+            trainer_defaults={"logger": False},
+        )
+    except Exception as error:
+        raise ConfigError(reason_of(error)) from error
 
 
 def _run_folder(cli: Any) -> Iterator[Finding]:  # noqa: ANN401

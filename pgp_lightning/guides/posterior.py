@@ -69,7 +69,8 @@ class PosteriorGuide(Guide):
     """A small VLM with LoRA on its language model and a Gaussian bottleneck on its visual states.
 
     Args:
-        base: the small VLM: `embedded:guide`, or a folder of the InternVL family in transformers' layout.
+        base: the small VLM: `embedded:guide`, or a folder of the InternVL family in transformers' layout; from Python
+            also a model in memory, which `dtype` and `attention` then leave as it is.
         lora_rank: rank of the adapter; 0 trains the bottleneck alone.
         lora_alpha: scale of the adapter (the update is multiplied by alpha / rank).
         lora_dropout: dropout in front of the adapter, in training.
@@ -90,7 +91,7 @@ class PosteriorGuide(Guide):
 
     def __init__(
         self,
-        base: str = "embedded:guide",
+        base: str | InternVL = "embedded:guide",
         lora_rank: int = 32,
         lora_alpha: int = 64,
         lora_dropout: float = 0.05,
@@ -107,9 +108,9 @@ class PosteriorGuide(Guide):
     ) -> None:
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        self.arguments: dict[str, Any] = arguments
+        self.arguments: dict[str, Any] = {**arguments, "base": base if isinstance(base, str) else base.base}
         self.bottleneck_order, self.reconstruction_order = bottleneck_order, reconstruction_order
-        self.vlm = InternVL.load(base, getattr(torch, dtype), attention)
+        self.vlm = InternVL.load(base, getattr(torch, dtype), attention) if isinstance(base, str) else base
         self.base_fingerprint = _fingerprint(self.vlm.model)
         self.vlm.model.requires_grad_(False)
         if gradient_checkpointing:
@@ -122,7 +123,7 @@ class PosteriorGuide(Guide):
             try:
                 self.model = get_peft_model(self.vlm.model, config)
             except ValueError as error:
-                raise ConfigError(f"the adapter matches no layer of {base!r}: {error}") from error
+                raise ConfigError(f"the adapter matches no layer of {self.vlm.base!r}: {error}") from error
         self.bottleneck = GaussianBottleneck(
             self.vlm.width,
             gate=gate,
@@ -131,6 +132,8 @@ class PosteriorGuide(Guide):
             gate_bias=gate_bias,
             log_variance_bias=log_variance_bias,
         )
+        # transformers loads in evaluation mode, in which gradient checkpointing does nothing; Lightning leaves it so.
+        self.train()
 
     def forward(self, request: Request) -> Tensor:
         """Return D of every visual token (Sec. 3.3): float32 (B, M), -inf on padding; one pass, no decoding."""
@@ -211,6 +214,7 @@ class PosteriorGuide(Guide):
                 # peft looks for the base's config on a hub to see whether embeddings changed; they did not.
                 warnings.filterwarnings("ignore", message="Could not find a config file")
                 self.model.save_pretrained(str(folder), save_embedding_layers=False)
+            (folder / "README.md").unlink(missing_ok=True)  # peft's model card, an empty form
         save_file(
             {k: v.detach().contiguous().cpu() for k, v in self.bottleneck.state_dict().items()},
             folder / "bottleneck.safetensors",
@@ -281,9 +285,12 @@ def _take(visual: Tensor, subset: Subset | None) -> Tensor:
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """Tell models apart cheaply: a hash of every weight's name, shape and first values."""
+    """Tell models apart cheaply: a hash of every weight's name, shape and first values, rounded to bfloat16.
+
+    Rounded, because a model is the same one whether it was loaded in float32 or in bfloat16.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(value.flatten()[:8].float().cpu().numpy().tobytes())
+        digest.update(value.flatten()[:8].bfloat16().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
+import transformers
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -53,12 +56,24 @@ def _terse(message: str) -> str:
     return " ".join(kept)
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """Return what went wrong in a constructor; the parser wraps that in an account of every type it tried."""
     while not isinstance(error, ConfigError | DataError) and error.__cause__ is not None:
         error = error.__cause__
     readable = isinstance(error, ValueError | OSError | ImportError | MisconfigurationException)
     return str(error) if readable else f"{type(error).__name__}: {error}"
+
+
+def quieten() -> None:
+    """Drop what libraries say at every start of a run and no user can act on."""
+    for noise in (
+        ".*is_gradient_checkpointing.*",  # peft asks transformers by an old name
+        ".*isinstance.treespec, LeafSpec.*",  # lightning asks torch by an old name
+        ".*module.s. in eval mode at the start of training.*",  # the frozen vision tower is meant to be
+    ):
+        warnings.filterwarnings("ignore", message=noise)
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda line: "litlogger" not in line.msg)
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -86,6 +101,7 @@ class RunCLI(LightningCLI):
         Raises:
             ConfigError: if the set-up cannot work.
         """
+        quieten()
         # Not an option of the parser, since it has to be known before parsing; so it is told to --help here.
         common = {"epilog": "--debug shows the traceback of an error.", "exit_on_error": not debug}
         return cls(
@@ -190,7 +206,7 @@ class RunCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except Exception as error:
-            raise ConfigError(_reason(error)) from error
+            raise ConfigError(reason_of(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ANN401 (Lightning's type)
         """Build the trainer; events go right into the run's folder unless the configuration names a logger."""

@@ -36,9 +36,10 @@ class Means(nn.Module):
         found = {}
         for tag, metric in zip(self.tags, self.metrics, strict=True):
             assert isinstance(metric, MeanMetric)
-            if metric.update_called:
-                value = metric.compute()
-                if not torch.isnan(value):
-                    found[tag] = float(value)
+            if not metric.update_called:
+                self.update(tag, torch.zeros(0, device=metric.device))
+            value = metric.compute()
+            if not torch.isnan(value):
+                found[tag] = float(value)
             metric.reset()
         return found

@@ -233,10 +233,11 @@ class PGP(pl.LightningModule):
         means = self._means(split)
         divergence = found.divergence.detach().masked_fill(~found.mask, 0).sum(dim=1) / found.mask.sum(dim=1)
         tokens = torch.nn.functional.cross_entropy(predicted.logits.detach(), predicted.targets, reduction="none")
-        means.update("loss", loss)
+        if self.beta is not None:  # nobody sets it for `lightning test`: then there is no objective either
+            means.update("loss", loss)
+            means.update("beta", torch.tensor(self.beta, device=loss.device))
         means.update("kl", divergence)
         means.update("reconstruction", reconstruction_loss(*predicted, self.average))
-        means.update("beta", torch.tensor(self.beta or 0.0, device=loss.device))
         for tag in means.tags:
             term, _, source = tag.partition("/")
             if term in ("kl", "reconstruction") and source:
