@@ -82,14 +82,28 @@ class Corpus:
         return len(self.items)
 
 
-def pick(items: list[Item], count: int, rng: np.random.Generator) -> list[Item]:
-    """Draw up to `count` different questions of a scene, types first, so that rare types are as frequent as common."""
+def pick(
+    items: list[Item], count: int, rng: np.random.Generator, weights: dict[int, float] | None = None
+) -> list[Item]:
+    """Draw up to `count` different questions of a scene, types first, so that rare types are as frequent as common.
+
+    Args:
+        items: the scene's questions.
+        count: how many to draw.
+        rng: draws.
+        weights: how much likelier than the others some types are.
+    """
     by_type: dict[int, list[Item]] = {}
     for item in items:
         by_type.setdefault(item.type, []).append(item)
     chosen: list[Item] = []
     while len(chosen) < count and by_type:
-        kind = list(by_type)[int(rng.integers(len(by_type)))]
+        kinds = list(by_type)
+        if weights:
+            share = np.array([weights.get(kind, 1.0) for kind in kinds])
+            kind = kinds[int(rng.choice(len(kinds), p=share / share.sum()))]
+        else:
+            kind = kinds[int(rng.integers(len(kinds)))]
         chosen.append(by_type[kind].pop(int(rng.integers(len(by_type[kind])))))
         if not by_type[kind]:
             del by_type[kind]

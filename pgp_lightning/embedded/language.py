@@ -49,6 +49,7 @@ def make_rows(
     turns: int = 1,
     keep: float = 1.0,
     chosen: list[list[Item]] | None = None,
+    weights: dict[int, float] | None = None,
 ) -> Rows:
     """Lay out rows of some scenes.
 
@@ -61,8 +62,9 @@ def make_rows(
         turns: questions of a row.
         keep: share of visual tokens that stay (more if the questions ask for more).
         chosen: the questions of each row, drawn if not given.
+        weights: of types, for `pick`.
     """
-    chosen = chosen or [pick(corpus.items[i], turns, rng) for i in scenes]
+    chosen = chosen or [pick(corpus.items[i], turns, rng, weights) for i in scenes]
     needed = np.stack([np.any([item.relevant for item in items], axis=0) for items in chosen])
     if order == "question_first" and keep < 1:
         # Were only the asked-for tokens sure to stay, the picture alone would tell what is asked.

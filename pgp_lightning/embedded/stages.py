@@ -35,7 +35,7 @@ def run_stage(
     log_every: int = 50,
     report: Callable[[int], str] | None = None,
     report_every: int = 500,
-) -> None:
+) -> bool:
     """Train a module for some steps and keep its state in `folder/name.pt`; a finished stage is only loaded.
 
     Args:
@@ -51,6 +51,9 @@ def run_stage(
         log_every: steps between log lines.
         report: a longer line to log now and then.
         report_every: steps between reports.
+
+    Returns:
+        Whether anything was left to train.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.03)
@@ -93,3 +96,4 @@ def run_stage(
                 state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
                 torch.save(state, path.with_suffix(".tmp"))
                 path.with_suffix(".tmp").rename(path)
+    return first < steps

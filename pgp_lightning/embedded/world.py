@@ -49,7 +49,7 @@ TYPES = (
     "exists",
 )
 _QUESTION_WORDS = (
-    *("what", "color", "shape", "char", "is", "in", "the", "has", "how", "many", "read", "sign"),
+    *("what", "color", "shape", "char", "is", "the", "in", "has", "how", "many", "read", "sign"),
     *("value", "of", "bar", "there", "a", "yes", "no", "shapes"),
 )
 WORDS = (*_QUESTION_WORDS, *COLOUR_NAMES, *SHAPES, *GLYPHS)
