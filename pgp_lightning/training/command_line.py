@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from pgp_lightning.errors import ConfigError, DataError
-from pgp_lightning.training import callbacks, health, images  # noqa: F401 (a config may name their classes alone)
+from pgp_lightning.training import callbacks, health, images, intake  # noqa: F401 (a config may name their classes alone)
 from pgp_lightning.training.run import RunRecord, checkpoints, differences, last_checkpoint, read_record
 
 __all__ = ["RunCLI", "SaveRunConfig", "TerseParser"]

@@ -38,6 +38,7 @@ TRAINER_KEYS = (
 FREE_DATA_KEYS = {"build_workers", "limit_val_records", "root", "val_batch_size", "workers"}
 # Callbacks that only look on.
 WATCHERS = {
+    "DataIntake",
     "DeviceStatsMonitor",
     "ImportanceImages",
     "LearningRateMonitor",
