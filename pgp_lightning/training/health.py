@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -12,11 +12,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from pgp_lightning.bottleneck import GaussianBottleneck, Posterior
+from pgp_lightning.bottleneck import GaussianBottleneck
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.training.callbacks import _AfterStep, event_step, write_figures
 
-__all__ = ["PosteriorHealth", "Step", "channel_divergence"]
+if TYPE_CHECKING:
+    from pgp_lightning.training.pgp import StepRecord
+
+__all__ = ["PosteriorHealth", "channel_divergence"]
 
 # Measured on the embedded world: 0.70 at the start, 0.03 to 0.13 when trained well, 0.0005 once collapsed.
 COLLAPSED = 0.005
@@ -24,23 +27,6 @@ EXPLODED = 50.0
 # A sigmoid gate whose mean is past these passes everything, or nothing, on.
 SATURATED = (0.005, 0.995)
 DEAD_CHANNEL = 1e-4
-
-
-class Step(Protocol):
-    """What a training step leaves behind for those who look on, all detached."""
-
-    divergence: Tensor
-    """(B, m)."""
-    mask: Tensor
-    """Bool (B, m), the visual tokens that are not padding."""
-    posterior: Posterior
-    """(B, m, d)."""
-    visual: Tensor
-    """V, (B, m, d)."""
-    states: Tensor
-    """V', (B, m, d)."""
-    latents: Tensor
-    """Z, (B, m, d)."""
 
 
 class PosteriorHealth(_AfterStep):
@@ -71,7 +57,7 @@ class PosteriorHealth(_AfterStep):
         """Look at the step."""
         if trainer.global_step % self.every_n_steps:
             return
-        step = cast(Step, pl_module.last)
+        step = cast("StepRecord", pl_module.last)
         divergence = step.divergence[step.mask]
         figures = self.figures(step, cast(GaussianBottleneck, pl_module.guide.bottleneck))  # type: ignore[union-attr]
         write_figures(trainer, "health", figures)
@@ -84,7 +70,7 @@ class PosteriorHealth(_AfterStep):
 
     @staticmethod
     @torch.no_grad()
-    def figures(step: Step, bottleneck: GaussianBottleneck) -> dict[str, float]:
+    def figures(step: StepRecord, bottleneck: GaussianBottleneck) -> dict[str, float]:
         """Return the figures over the step's visual tokens, padding excluded."""
         posterior, mask = step.posterior, step.mask
         rms = {"visual": step.visual, "states": step.states, "latents": step.latents}
@@ -122,7 +108,7 @@ class PosteriorHealth(_AfterStep):
 
 
 @torch.no_grad()
-def channel_divergence(step: Step, bottleneck: GaussianBottleneck) -> Tensor:
+def channel_divergence(step: StepRecord, bottleneck: GaussianBottleneck) -> Tensor:
     """Return the mean divergence of each channel over the step's visual tokens (Eq. 2 before its mean): (d,)."""
     mean, log_variance = step.posterior.mean[step.mask], step.posterior.log_variance[step.mask]
     own = Normal(mean, (0.5 * log_variance).exp(), validate_args=False)

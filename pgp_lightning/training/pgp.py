@@ -156,7 +156,7 @@ class PGP(pl.LightningModule):
                 f"{reconstruction.item()}, KL {divergence.item()}) on samples {', '.join(sorted(set(batch.keys)))}: "
                 "look at them, or lower model.learning_rate or set trainer.gradient_clip_val"
             )
-        self._account("train", batch, found, predicted, loss)
+        self._account("train", batch, found, predicted, {"loss": loss, "reconstruction": reconstruction})
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
             # Means over the micro-batches of an optimiser step; checkpoints lie between steps, so none is lost.
             self._log("train", on_step=True)
@@ -200,13 +200,11 @@ class PGP(pl.LightningModule):
 
     def _evaluate(self, split: str, batch: Batch) -> Tensor:
         found, predicted = self.passes(batch, None, blind=False)
-        loss = objective(
-            reconstruction_loss(*predicted, self.average),
-            divergence_loss(found.divergence, found.mask),
-            self.beta if self.beta is not None else 0.0,
-        )
-        self._account(split, batch, found, predicted, loss)
-        wrong = torch.zeros(len(batch), device=loss.device)
+        terms = {"reconstruction": reconstruction_loss(*predicted, self.average)}
+        if self.beta is not None:  # nobody sets it for `lightning test`: then there is no objective either
+            terms["loss"] = objective(terms["reconstruction"], divergence_loss(found.divergence, found.mask), self.beta)
+        self._account(split, batch, found, predicted, terms)
+        wrong = torch.zeros(len(batch), device=self.device)
         wrong.index_add_(0, predicted.rows, (predicted.logits.argmax(-1) != predicted.targets).float())
         self._means(split).update("reconstruction_accuracy", (wrong == 0).float())
         importance = found.divergence.masked_fill(~found.mask, -torch.inf)
@@ -227,21 +225,26 @@ class PGP(pl.LightningModule):
         return means
 
     def _account(
-        self, split: str, batch: Batch, found: BottleneckPass, predicted: Reconstruction, loss: Tensor
+        self,
+        split: str,
+        batch: Batch,
+        found: BottleneckPass,
+        predicted: Reconstruction,
+        terms: dict[str, Tensor],
     ) -> None:
-        """Take a batch into the means: per sample for KL, per supervised token for the reconstruction."""
+        """Take a batch into the means; by source, KL is a mean over samples, the reconstruction over tokens."""
         means = self._means(split)
         divergence = found.divergence.detach().masked_fill(~found.mask, 0).sum(dim=1) / found.mask.sum(dim=1)
         tokens = torch.nn.functional.cross_entropy(predicted.logits.detach(), predicted.targets, reduction="none")
-        if self.beta is not None:  # nobody sets it for `lightning test`: then there is no objective either
-            means.update("loss", loss)
-            means.update("beta", torch.tensor(self.beta, device=loss.device))
+        for term, value in terms.items():
+            means.update(term, value)
+        if self.beta is not None:
+            means.update("beta", torch.tensor(self.beta, device=self.device))
         means.update("kl", divergence)
-        means.update("reconstruction", reconstruction_loss(*predicted, self.average))
         for tag in means.tags:
             term, _, source = tag.partition("/")
             if term in ("kl", "reconstruction") and source:
-                mine = torch.tensor([name == source for name in batch.sources], device=loss.device)
+                mine = torch.tensor([name == source for name in batch.sources], device=self.device)
                 means.update(tag, divergence[mine] if term == "kl" else tokens[mine[predicted.rows]])
 
     def _log(self, split: str, on_step: bool) -> None:
