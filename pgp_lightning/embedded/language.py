@@ -74,11 +74,12 @@ def make_rows(
     rank = rng.random(needed.shape) + 2.0 * needed
     kept = np.sort(np.argsort(-rank, axis=1)[:, :count], axis=1)
     context = processor.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
-    opening = processor.encode("\n<|im_start|>user\n")
-    closing = processor.encode("<|im_end|>\n<|im_start|>assistant\n")
+    template = processor.template
+    opening = processor.encode(template.user)
+    closing = processor.encode(template.separator + template.assistant)
     lines: list[tuple[list[int], list[int], list[int], list[int]]] = []
     for items in chosen:
-        before, after, marks, turn = processor.encode("<|im_start|>user\n"), processor.encode("</img>"), [], []
+        before, after, marks, turn = opening, processor.encode("</img>"), [], []
         if order == "question_first":
             before = before + items[0].question
         marks, turn = [-100] * len(after), [-1] * len(after)

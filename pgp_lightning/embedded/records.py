@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from PIL import Image
 
-from pgp_lightning.embedded.world import CANVAS, SPLITS, WORLD_VERSION, Question, Scene, draw_scene
+from pgp_lightning.embedded.world import CANVAS, GRID, SPLITS, WORLD_VERSION, Question, Scene, draw_scene
 from pgp_lightning.errors import ConfigError
 
 __all__ = ["EmbeddedRecords"]
@@ -69,7 +69,9 @@ class EmbeddedRecords:
             }
             for question in chosen
         ]
-        return key, picture.getvalue(), "png", {"id": key, "width": CANVAS, "height": CANVAS, "turns": turns}
+        # `relevant` counts the tokens of this world's own tiling; a guide that tiles otherwise leaves it out.
+        record = {"id": key, "width": CANVAS, "height": CANVAS, "tokens": GRID.tokens, "turns": turns}
+        return key, picture.getvalue(), "png", record
 
     def _choose(self, index: int) -> tuple[Scene, list[Question]]:
         """Take the first candidate scene with enough questions, and of these as many types as there are."""

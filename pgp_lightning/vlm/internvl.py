@@ -43,10 +43,14 @@ class ChatTemplate:
     Args:
         system: text of the system block, empty for none.
         separator: what ends a block (InternVL2.5 and 3: with a newline; InternVL2: without).
+        user: what opens the user's block.
+        assistant: what opens the assistant's block.
     """
 
     system: str = ""
     separator: str = "<|im_end|>\n"
+    user: str = "<|im_start|>user\n"
+    assistant: str = "<|im_start|>assistant\n"
 
     def render(self, question: str | None, order: PromptOrder) -> tuple[str, str]:
         """Return the text before the visual tokens, up to <img>, and after them, up to the assistant's turn.
@@ -56,13 +60,13 @@ class ChatTemplate:
             order: native (`image_first`), or `question_first`, in which the visual tokens can see the question.
         """
         before = f"<|im_start|>system\n{self.system}{self.separator}" if self.system else ""
-        before += "<|im_start|>user\n"
+        before += self.user
         after = "</img>"
         if question is not None and order == "question_first":
             before += f"{question}\n"
         elif question is not None:
             after += f"\n{question}"
-        return before + "<img>", f"{after}{self.separator}<|im_start|>assistant\n"
+        return before + "<img>", f"{after}{self.separator}{self.assistant}"
 
 
 @dataclass(frozen=True)
