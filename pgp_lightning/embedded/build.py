@@ -62,6 +62,7 @@ class Recipe:
         blind: share of those in which the answer cannot see the question.
         phases: the curriculum of dropped tokens.
         alignment: weight of the alignment loss, falling to a tenth over the first half.
+        scenes: how many scenes it reads.
     """
 
     steps: int
@@ -70,12 +71,12 @@ class Recipe:
     blind: float
     phases: tuple[Phase, ...]
     alignment: float
+    scenes: int = SCENES
 
 
 _CURRICULUM = (Phase(0.2, 0.1, 4), Phase(0.55, 0.3, 8), Phase(1.0, _UNIFORM, 8))
-# Colours and forms are keys of four or five types and have six to eight classes, glyphs are keys of two and have
-# twenty: drawn evenly, a glyph is looked up six times less often than a colour.
-_ANSWER_CURRICULUM = (Phase(0.2, 0.1, 4, hard=2.0), Phase(0.55, 0.3, 8, hard=2.0), Phase(1.0, _UNIFORM, 8, hard=2.0))
+# Few questions mean few distractors: lookups are learnt among three objects first, and among all of them later.
+_ANSWER_CURRICULUM = (Phase(0.18, 0.1, 3), Phase(0.58, 0.3, 8), Phase(1.0, _UNIFORM, 8))
 _BLIND_CURRICULUM = (
     Phase(0.3, 0.1, 4, hard=3.0),
     Phase(0.8, 0.3, 8, hard=3.0),
@@ -83,7 +84,7 @@ _BLIND_CURRICULUM = (
 )
 HARD = ("color_of_char", "bar")  # the types that look up by glyph
 RECIPES = {
-    "answer_model": {"answer_model": Recipe(3600, 2e-3, 0.0, 0.0, _ANSWER_CURRICULUM, 0.3)},
+    "answer_model": {"answer_model": Recipe(3000, 2e-3, 0.0, 0.0, _ANSWER_CURRICULUM, 0.3, scenes=4000)},
     "guide": {
         "guide_before_question_blind": Recipe(3000, 2e-3, 0.25, 0.0, _CURRICULUM, 0.3),
         "guide": Recipe(3500, 1.5e-3, 0.75, 0.7, _BLIND_CURRICULUM, 0.03),
@@ -117,7 +118,7 @@ def train_language(
         size = int(16 * min(4.0, keep**-0.6)) if question_first else int(16 * (8 / turns) ** 0.5)
         rows = make_rows(
             corpus,
-            rng.integers(0, len(corpus), size),
+            rng.integers(0, min(recipe.scenes, len(corpus)), size),
             processor,
             rng,
             order="question_first" if question_first else "image_first",

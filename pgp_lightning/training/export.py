@@ -13,7 +13,7 @@ from pgp_lightning.data.collate import Batch
 from pgp_lightning.data.module import InstructionData
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.guides.posterior import PosteriorGuide
-from pgp_lightning.training.run import RECORD, last_checkpoint
+from pgp_lightning.training.run import RECORD, last_checkpoint, read_checkpoint
 
 __all__ = ["export_guide", "load_guide", "verify_guide"]
 
@@ -33,7 +33,7 @@ def load_guide(source: Path) -> tuple[PosteriorGuide, dict[str, Any]]:
     path = last_checkpoint(source) if source.is_dir() else source
     if not path.is_file():
         raise ConfigError(f"expected a run's folder or a checkpoint file, found nothing at {source}")
-    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(path)
     try:
         arguments = checkpoint[RECORD]["config"]["model"]["init_args"]["guide"]["init_args"]
         fingerprint = checkpoint["base_fingerprint"]

@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from pgp_lightning.errors import ConfigError
 
-__all__ = ["RunRecord", "checkpoints", "differences", "last_checkpoint", "read_record"]
+__all__ = ["RunRecord", "checkpoints", "differences", "last_checkpoint", "read_checkpoint", "read_record"]
 
 RECORD = "run"
 # The trainer's options that change what is learned; all others (devices, logging, time limits ...) may change.
@@ -134,14 +134,22 @@ def read_record(checkpoint: Path) -> dict[str, Any] | None:
     if checkpoint.is_dir():
         saved = checkpoint.parent.parent / "config.yaml"
         return {"config": yaml.safe_load(saved.read_text())} if saved.is_file() else None
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise ConfigError(
-            f"expected a checkpoint of this program in {checkpoint}, could not read it: {error}"
-        ) from error
-    record = content.get(RECORD) if isinstance(content, dict) else None
+    content = read_checkpoint(checkpoint)
+    record = content.get(RECORD)
     return record if isinstance(record, dict) else None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint file as plain tensors and values; tensors are mapped, not loaded.
+
+    Raises:
+        ConfigError: if the file is not a checkpoint.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise ConfigError(f"expected a checkpoint of this program in {path}, could not read it: {error}") from error
+    return content if isinstance(content, dict) else {}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,62 @@
+"""The default configuration, shrunk to a run of seconds on a few records of the embedded world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+RECORDS = {"train": {"objects": 40, "reading": 24}, "val": {"objects": 5, "reading": 3}, "test": {"objects": 4}}
+OFTEN = {"PosteriorHealth": 2, "LogLine": 4}
+
+
+def write_manifest(folder: Path, root: Path, **options: Any) -> Path:
+    """Write a manifest of a few records; options go to every source."""
+    build = "pgp_lightning.embedded.records.EmbeddedRecords"
+    splits = {
+        split: [
+            {
+                "name": family,
+                "build": {
+                    "class_path": build,
+                    "init_args": {"split": split, "family": family, "records": records},
+                    "samples_per_shard": 16,
+                },
+                **options,
+            }
+            for family, records in families.items()
+        ]
+        for split, families in RECORDS.items()
+    }
+    manifest = {"name": "small", "licence": "Apache-2.0", "root": str(root), "splits": splits}
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(manifest, sort_keys=False))
+    return path
+
+
+def small_config(manifest: Path, steps: int = 8, save_every: int = 2) -> dict[str, Any]:
+    """Return configs/pgp.yaml with a few steps of four records each, two micro-batches a step."""
+    config: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "pgp.yaml").read_text())
+    config["trainer"] |= {
+        "accelerator": "cpu", "max_steps": steps, "accumulate_grad_batches": 2, "val_check_interval": steps,
+        "log_every_n_steps": 1, "enable_progress_bar": False, "enable_model_summary": False,
+    }  # fmt: skip
+    for callback in config["trainer"]["callbacks"]:
+        if callback["class_path"] in OFTEN:
+            callback.setdefault("init_args", {})["every_n_steps"] = OFTEN[callback["class_path"]]
+        if callback["class_path"] == "ModelCheckpoint":
+            callback["init_args"]["every_n_train_steps"] = save_every
+        if callback["class_path"] == "ImportanceImages":
+            callback["init_args"] = {"samples": 2, "size": 64}
+    config["trainer"]["callbacks"].append({"class_path": "tests.trace.Trace"})
+    config["data"]["init_args"] |= {"manifest": str(manifest), "batch_size": 2, "val_batch_size": 4, "lanes": 4}
+    return config
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> Path:
+    """Write a configuration."""
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path

@@ -1,0 +1,88 @@
+"""Every shipped configuration and manifest is read as a user's would be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningCLI
+
+from pgp_lightning.data.manifest import Manifest
+from pgp_lightning.data.module import InstructionData
+from pgp_lightning.data.shards import make_builder
+from pgp_lightning.training.command_line import TerseParser
+from pgp_lightning.training.pgp import PGP
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+OVERLAYS = [path for path in CONFIGS if path.parent.name == "overlays"]
+COMPLETE = [path for path in CONFIGS if path not in OVERLAYS]
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+class Parsed(LightningCLI):
+    """Reads configurations and builds nothing."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+
+def read(cli: type[LightningCLI], *paths: Path) -> LightningCLI:
+    """Read configurations, later ones over earlier ones, without a subcommand."""
+    return cli(
+        LightningModule,
+        LightningDataModule,
+        args=[part for path in paths for part in ("--config", str(path))],
+        run=False,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        parser_class=TerseParser,
+        auto_configure_optimizers=False,
+        save_config_callback=None,
+        trainer_defaults={"logger": False},
+    )
+
+
+def test_there_are_configurations():
+    assert ROOT / "configs" / "pgp.yaml" in COMPLETE
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name)
+def test_a_configuration_begins_with_a_comment(path: Path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# ") and len(lines[0]) > 20
+
+
+@pytest.mark.parametrize("path", COMPLETE, ids=name)
+def test_a_complete_configuration_builds_its_objects(path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)  # a configuration names its manifest from there
+    cli = read(LightningCLI, path)
+    assert isinstance(cli.model, PGP) and isinstance(cli.datamodule, InstructionData)
+    assert cli.trainer.max_steps > 0 and cli.datamodule.base == cli.model.guide.arguments["base"]
+    manifest = Manifest.load(cli.datamodule.manifest, cli.datamodule.root)
+    assert {"train", "val"} <= manifest.splits.keys()
+    records = sum(len(make_builder(source)) for source in manifest.sources("train") if source.build)
+    assert records == 0 or records >= cli.datamodule.lanes * cli.datamodule.batch_size
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert written["trainer"]["default_root_dir"] == f"runs/{path.stem}"
+
+
+def test_overlays_are_accepted_over_the_default(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    for path in OVERLAYS:
+        read(Parsed, ROOT / "configs" / "pgp.yaml", path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "data_manifests").glob("*.yaml")), ids=name)
+def test_a_manifest_names_what_exists(path: Path):
+    manifest = Manifest.load(path)
+    assert path.read_text(encoding="utf-8").startswith("# ") and manifest.licence and manifest.description
+    for sources in manifest.splits.values():
+        for source in sources:
+            if source.build is not None:
+                assert len(make_builder(source)) > 0

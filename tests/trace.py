@@ -1,0 +1,39 @@
+"""A callback that leaves a trace of every micro-batch in the run's folder, exact to the last bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from pgp_lightning.data.collate import Batch
+from pgp_lightning.objective import divergence_loss
+
+__all__ = ["Trace", "read_trace"]
+
+
+class Trace(Callback):
+    """Appends a line for every micro-batch to `trace-<rank>.jsonl`: which samples, which loss."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        last: Any = pl_module.last
+        line = {
+            "batch": batch_idx,
+            "samples": [list(one) for one in zip(batch.keys, batch.turns, batch.indices, strict=True)],
+            "loss": float(outputs["loss"]).hex(),
+            "kl": float(divergence_loss(last.divergence, last.mask)).hex(),
+        }
+        with (Path(trainer.default_root_dir) / f"trace-{trainer.global_rank}.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_trace(root: Path, rank: int = 0) -> list[dict[str, Any]]:
+    """Read a run's trace; the last line may be half written if the process was killed."""
+    path = root / f"trace-{rank}.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
