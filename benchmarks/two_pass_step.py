@@ -11,16 +11,16 @@ import argparse
 import copy
 import json
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from step_flops import PARTS, Flops, LiveBytes, Shape, closed_form, count_flops
+from step_flops import LiveBytes, Shape, closed_form, count_flops
+from step_report import Measured, agrees, print_costs, print_counts, ratios
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.nn import functional
@@ -55,32 +55,6 @@ class Sample:
     request: Request
     answers: list[str]
     noise: Tensor
-
-
-@dataclass
-class Measured:
-    """What one variant cost."""
-
-    shape: Shape
-    flops: Flops
-    """By the closed forms."""
-    counted: Flops
-    """By torch's counter."""
-    peak_bytes: int
-    """Of live tensors; on CUDA, of the allocator."""
-    start_bytes: int
-    """The same before the step: weights."""
-    seconds: list[float] = field(default_factory=list)
-
-    @property
-    def total(self) -> int:
-        """FLOPs of the step."""
-        return sum(map(sum, self.flops.values()))
-
-    @property
-    def median(self) -> float:
-        """Seconds of the step."""
-        return statistics.median(self.seconds)
 
 
 def build_model_of(size: str, dtype: torch.dtype) -> InternVLForConditionalGeneration:
@@ -258,16 +232,16 @@ class Bench:
         shape = shape_of(self.guide, self.sample, variant)
         return Measured(shape, closed_form(self.guide.vlm.model.config, RANK, shape), counted, peak, start)
 
-    def seconds(self, variant: str) -> float:
-        """Time a step, forward and backward."""
+    def time(self, variant: str) -> tuple[float, float]:
+        """Time a step, forward and backward: seconds, and processor seconds of all threads."""
         self.prepare(variant)
         _wait(self.device)
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         with self.precision():
             loss = self.step(variant)()
         loss.backward()
         _wait(self.device)
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.process_time() - processor
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
@@ -294,54 +268,14 @@ def measure(bench: Bench, repeats: int, timed: list[str]) -> dict[str, Measured]
     # Only the allocator of CUDA knows its peak; a tally needs no data.
     looking = bench if bench.device.type == "cuda" else bench.dry()
     found = {variant: looking.look(variant) for variant in VARIANTS}
-    bench.seconds("ours")
+    print_counts(found)
+    bench.time("ours")
     for _ in range(repeats):
         for variant in timed:
-            found[variant].seconds.append(bench.seconds(variant))
+            seconds, processor = bench.time(variant)
+            found[variant].seconds.append(seconds)
+            found[variant].processor_seconds.append(processor)
     return found
-
-
-def ratios(found: dict[str, Measured], variant: str) -> dict[str, float]:
-    """Compare a variant with ours: FLOPs by the closed forms, peak memory, seconds of the medians and of each turn."""
-    mine, other = found["ours"], found[variant]
-    flops = other.total / mine.total
-    result = {"flops": flops, "checkpointed_memory": found["checkpointed"].peak_bytes / other.peak_bytes}
-    if mine.seconds and other.seconds:
-        turns = [theirs / own for theirs, own in zip(other.seconds, mine.seconds, strict=True)]
-        speed = other.median / mine.median
-        result |= {"speed": speed, "speed_min": min(turns), "speed_max": max(turns), "speed_to_flops": speed / flops}
-    return result
-
-
-def report(title: str, found: dict[str, Measured], peak: float) -> None:
-    """Print the FLOPs of every part and what every variant cost."""
-    print(f"\n{title}\nmatmul peak {peak / 1e9:.1f} GFLOP/s")
-    print(f"\n{'GFLOP, forward + backward':28}" + "".join(f"{variant:>22}" for variant in found))
-    for part in PARTS:
-        cells = ["{:.4g} + {:.4g}".format(*(f / 1e9 for f in one.flops[part])) for one in found.values()]
-        print(f"{part:28}" + "".join(f"{cell:>22}" for cell in cells))
-    print(f"{'all':28}" + "".join(f"{one.total / 1e9:>22.5g}" for one in found.values()))
-    equal = ["yes" if agrees(one) else "NO" for one in found.values()]
-    print(f"{'each equals the counter':28}" + "".join(f"{word:>22}" for word in equal))
-    print(f"\n{'':14}{'seconds (min - max)':>28}{'of peak':>9}{'GiB':>8}{'weights':>9}")
-    for variant, one in found.items():
-        seconds, share = "-", "-"
-        if one.seconds:
-            seconds = f"{one.median:.4g} ({min(one.seconds):.4g} - {max(one.seconds):.4g})"
-            share = f"{one.total / one.median / peak:.0%}"
-        print(f"{variant:14}{seconds:>28}{share:>9}{one.peak_bytes / 2**30:>8.3g}{one.start_bytes / 2**30:>9.3g}")
-    for variant in ("a", "b"):
-        ratio = ratios(found, variant)
-        print(f"{variant} / ours: FLOPs {ratio['flops']:.3f}", end="")
-        if "speed" in ratio:
-            turns = f"{ratio['speed_min']:.3f} - {ratio['speed_max']:.3f}"
-            print(f", time {ratio['speed']:.3f} ({turns}), time to FLOPs {ratio['speed_to_flops']:.2f}", end="")
-        print(f"; peak memory checkpointed / {variant}: {ratio['checkpointed_memory']:.2f}")
-
-
-def agrees(one: Measured) -> bool:
-    """Tell whether every closed form equals what torch counted, and nothing was counted besides."""
-    return {part: flops for part, flops in one.flops.items() if sum(flops)} == one.counted
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -372,9 +306,10 @@ def main(arguments: list[str] | None = None) -> None:
     for size in given.size:
         guide = build_guide(build_model_of(size, dtype), size).to(device)
         for tiles in given.tiles:
+            print(f"\n{size}, tiles {tiles}, {given.dtype}, {machine}, torch {torch.__version__}")
             found = measure(Bench(guide, build_sample(guide, size, tiles, device)), given.repeats, given.time)
             peak = matmul_peak(dtype, device)
-            report(f"{size}, tiles {tiles}, {given.dtype}, {machine}, torch {torch.__version__}", found, peak)
+            print_costs(found, peak)
             wrong += [f"{size}, tiles {tiles}, {variant}" for variant, one in found.items() if not agrees(one)]
             results.append(
                 {

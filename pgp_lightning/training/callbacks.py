@@ -14,7 +14,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.objective import beta
@@ -22,7 +24,16 @@ from pgp_lightning.objective import beta
 if TYPE_CHECKING:
     from pgp_lightning.data.collate import Batch
 
-__all__ = ["BetaAnnealing", "LogLine", "RandomState", "Throughput", "event_step", "total_steps", "write_figures"]
+__all__ = [
+    "BetaAnnealing",
+    "LogLine",
+    "RandomState",
+    "StepCheckpoint",
+    "Throughput",
+    "event_step",
+    "total_steps",
+    "write_figures",
+]
 
 
 def total_steps(trainer: Trainer) -> int:
@@ -123,6 +134,22 @@ class BetaAnnealing(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the weight of the checkpoint."""
         self._current = state_dict.get("beta")
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """A ModelCheckpoint that saves after optimiser steps only, never between the micro-batches of one.
+
+    Lightning's own saves anew after the first micro-batch of a resumed run, since the number of optimiser steps is
+    then still one at which to save. With gradient accumulation that checkpoint lies inside a step: the gradients of
+    its first micro-batches are in no checkpoint, and the next resume would go on without them.
+    """
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
+    ) -> None:
+        """Save if a step is complete and it is time."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
 class RandomState(Callback):

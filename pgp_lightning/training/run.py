@@ -48,6 +48,7 @@ WATCHERS = {
     "OnExceptionCheckpoint",
     "PosteriorHealth",
     "RichModelSummary",
+    "StepCheckpoint",
     "RichProgressBar",
     "TQDMProgressBar",
     "Throughput",

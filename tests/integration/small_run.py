@@ -46,7 +46,7 @@ def small_config(manifest: Path, steps: int = 8, save_every: int = 2) -> dict[st
     for callback in config["trainer"]["callbacks"]:
         if callback["class_path"] in OFTEN:
             callback.setdefault("init_args", {})["every_n_steps"] = OFTEN[callback["class_path"]]
-        if callback["class_path"] == "ModelCheckpoint":
+        if callback["class_path"] == "StepCheckpoint":
             callback["init_args"]["every_n_train_steps"] = save_every
         if callback["class_path"] == "ImportanceImages":
             callback["init_args"] = {"samples": 2, "size": 64}
