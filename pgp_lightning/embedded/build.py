@@ -161,13 +161,16 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the stages that are not yet done, then write models and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("build/embedded"), help="checkpoints, features and logs")
-    parser.add_argument("--models", type=Path, default=Path(__file__).parent / "models", help="where the models go")
+    parser.add_argument("--models", type=Path, help="where the models go, by default into the package")
     parser.add_argument("--only", choices=("tower", *RECIPES), help="stop after the tower, or train this model alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, help="steps of every stage, to try the script out")
     parser.add_argument("--scenes", type=int, default=SCENES, help="scenes that the language stages read")
     given = parser.parse_args(arguments)
+    if given.steps and given.models is None:
+        parser.error("--steps tries the script out: give --models a folder, so that the package's own models stay")
+    models = given.models or Path(__file__).parent / "models"
     torch.set_num_threads(given.threads)
     given.folder.mkdir(parents=True, exist_ok=True)
     processor = build_processor("guide")
@@ -189,7 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
         for stage, recipe in stages.items():
             if given.steps:
                 recipe = Recipe(**{**vars(recipe), "steps": given.steps})
-            target = given.models / stage
+            target = models / stage
             trained = train_language(stage, recipe, answerer, corpora, processor, given.folder, given.seed)
             if not trained and (target / "report.json").exists():
                 continue
