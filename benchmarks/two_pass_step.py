@@ -30,7 +30,8 @@ from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutpu
 from pgp_lightning.embedded.pair import build_model, build_processor
 from pgp_lightning.guides.posterior import PosteriorGuide
 from pgp_lightning.objective import divergence_loss, objective, reconstruction_loss
-from pgp_lightning.vlm.internvl import ChatTemplate, InternVL
+from pgp_lightning.vlm.internvl import InternVL
+from pgp_lightning.vlm.processor import ChatTemplate
 from pgp_lightning.vlm.request import Request
 from pgp_lightning.vlm.slots import lay_out
 from pgp_lightning.vlm.tiles import TileGrid, TileRule

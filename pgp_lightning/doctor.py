@@ -1,22 +1,48 @@
-"""`pgp doctor`: would this fit work here? Every check says what it found; nothing is trained or changed."""
+"""`pgp doctor`: would this fit work here? Every check says what it found; nothing is trained, downloaded or changed."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
+import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import torch
+from huggingface_hub import HfApi, constants
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningCLI
+from safetensors import SafetensorError, safe_open
+from transformers import InternVLConfig, LlavaConfig
+
+from pgp_lightning.data.conversation import ConversationReader, UnusableRecord
+from pgp_lightning.data.manifest import Manifest, Source
+from pgp_lightning.data.mixture import Mixture, StreamSource, check_topology
+from pgp_lightning.data.module import InstructionData
+from pgp_lightning.data.shards import ShardReader, make_builder
 from pgp_lightning.errors import ConfigError, DataError
+from pgp_lightning.training.command_line import TerseParser, quieten, reason_of
+from pgp_lightning.training.pgp import PGP
+from pgp_lightning.training.run import checkpoints
+from pgp_lightning.vlm.conversion import convert_config, converted_tensors, is_original
+from pgp_lightning.vlm.family import check_pair, choose_attention
+from pgp_lightning.vlm.loading import load_processor, read_config, resolve_base
+from pgp_lightning.vlm.memory import GIB, device_memory, fit_memory, prune_memory
+from pgp_lightning.vlm.processor import Processor
+from pgp_lightning.vlm.shard_files import INDEX
 
 __all__ = ["Finding", "examine"]
 
 LOOKED_AT = 64  # records of every source that are read whole
 FREE_GIB = 1.0
+FULL = 0.9  # share of a device's memory above which an estimate is a warning
+TEXT, ANSWER = 256, 64  # prompt slots taken to be usual where no record can be read
+REFUSALS = (ConfigError, DataError, FileNotFoundError)
 
 
 @dataclass(frozen=True)
@@ -31,36 +57,61 @@ class Finding:
         return f"{self.state:<4}  {self.what:<12}  {self.detail}"
 
 
-def examine(configs: list[Path]) -> list[Finding]:
-    """Check environment, configuration, data and memory of a fit.
+class _Model(NamedTuple):
+    processor: Processor
+    config: InternVLConfig | LlavaConfig
+
+
+@dataclass
+class _Case:
+    """The configuration, and what checks found out for those behind them."""
+
+    cli: Any
+    configs: list[Path]
+    answer_model: str | None
+    guide: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the guide, and of the model around it."""
+    data: InstructionData | None = None
+    models: dict[str | None, _Model] = field(default_factory=dict)
+    """Those whose weights are here, by the name of the base."""
+    rows: list[tuple[int, int, int]] = field(default_factory=list)
+    """Of every record read: longest text and answer in slots, number of turns."""
+
+
+def examine(configs: list[Path], answer_model: str | None = None) -> list[Finding]:
+    """Check environment, configuration, weights, data and memory of a fit.
 
     Args:
         configs: configuration files, later ones over earlier ones, as for `lightning fit`.
+        answer_model: a model that the guide shall prune, named like a base.
     """
     findings = [*_environment()]
     try:
-        cli = _instantiate(configs)
-    except (ConfigError, FileNotFoundError, SystemExit) as error:
+        case = _Case(_parse(configs), configs, answer_model)
+    except (*REFUSALS, SystemExit) as error:
         detail = "the configuration was refused, see above" if isinstance(error, SystemExit) else str(error)
-        return [*findings, Finding("fail", "config", " ".join(detail.split()))]
-    findings.append(Finding("ok", "config", ", ".join(map(str, configs))))
-    checks: tuple[Callable[[Any], Iterator[Finding]], ...] = (_run_folder, _data, _memory)
+        return [*findings, _failed("config", detail)]
+    checks: tuple[Callable[[_Case], Iterator[Finding]], ...] = (
+        _model, _config, _weights, _bases, _attention, _run_folder, _lanes, _data, _memory, _answer_model
+    )  # fmt: skip
     for check in checks:
         try:
-            findings.extend(check(cli))
-        except (ConfigError, DataError, FileNotFoundError) as error:
-            findings.append(Finding("fail", check.__name__.strip("_").replace("_", " "), str(error)))
+            findings.extend(check(case))
+        except REFUSALS as error:
+            findings.append(_failed(check.__name__.strip("_").replace("_", " "), error))
     return findings
 
 
-def _environment() -> Iterator[Finding]:
-    import torch
+def _failed(what: str, error: object) -> Finding:
+    return Finding("fail", what, " ".join(str(error).split()))
 
+
+def _environment() -> Iterator[Finding]:
     names = ("torch", "lightning", "transformers", "peft", "webdataset")
     yield Finding("ok", "versions", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names))
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        yield Finding("ok", "devices", ", ".join(f"{d.name} {d.total_memory / 2**30:.0f} GiB" for d in devices))
+        yield Finding("ok", "devices", ", ".join(f"{d.name} {d.total_memory / GIB:.0f} GiB" for d in devices))
     else:
         yield Finding("ok", "devices", f"no CUDA device; {os.cpu_count()} CPU cores")
     owners = [e.value for e in importlib.metadata.entry_points(group="console_scripts", name="lightning")]
@@ -71,90 +122,273 @@ def _environment() -> Iterator[Finding]:
         yield Finding("warn", "lightning", f"the console script belongs to {owners or 'nobody'}: {remedy}")
 
 
-def _instantiate(configs: list[Path]) -> Any:  # noqa: ANN401 (a LightningCLI, imported late)
-    from lightning.pytorch import LightningDataModule, LightningModule
-    from lightning.pytorch.cli import LightningCLI
+class _Parsed(LightningCLI):
+    """Reads the configuration; `build` makes data and trainer of it, and no model, which would load weights."""
 
-    from pgp_lightning.training.command_line import TerseParser, quieten, reason_of
+    def parse_arguments(self, parser: Any, args: Any) -> None:  # noqa: ANN401 (Lightning's types)
+        self.config = parser.parse_args(args)
 
-    class Parsed(LightningCLI):
-        """Builds model, data and trainer, and runs nothing."""
+    def instantiate_classes(self) -> None:
+        """Leave that to `build`."""
 
-        def parse_arguments(self, parser: Any, args: Any) -> None:  # noqa: ANN401
-            self.config = parser.parse_args(args)
+    def build(self) -> None:
+        self.config.model = None
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            raise ConfigError(reason_of(error)) from error
 
+
+def _parse(configs: list[Path]) -> _Parsed:
     quieten()
     for config in configs:
         if not config.is_file():
             raise FileNotFoundError(f"there is no configuration {config}")
+    return _Parsed(
+        LightningModule,
+        LightningDataModule,
+        args=[part for config in configs for part in ("--config", str(config))],
+        run=False,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        parser_class=TerseParser,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,  # its bookkeeping wants a model
+        save_config_callback=None,
+        trainer_defaults={"logger": False},
+    )
+
+
+def _model(case: _Case) -> Iterator[Finding]:
+    """Take the guide's arguments out of the configuration, and let the model's class check its own."""
+    model = case.cli.config.model
+    arguments = model.init_args.as_dict() if model.get("init_args") else {}
+    guide = arguments.pop("guide", None)
+    if not isinstance(guide, dict) or "base" not in guide.get("init_args", {}):
+        yield Finding("warn", "model", f"{model.class_path} has no guide with a base: its weights are not examined")
+        return
+    case.guide = {**arguments, **guide["init_args"]}
+    module, _, name = model.class_path.rpartition(".")
+    if issubclass(kind := getattr(importlib.import_module(module), name), PGP):
+        kind(guide=object(), **arguments)
+
+
+def _config(case: _Case) -> Iterator[Finding]:
+    """Make data, callbacks and trainer, which check their own settings, devices and strategy among them."""
+    case.cli.build()
+    yield Finding("ok", "config", ", ".join(map(str, case.configs)))
+    if isinstance(case.cli.datamodule, InstructionData):
+        case.data = case.cli.datamodule
+    else:
+        yield Finding("warn", "data", f"{type(case.cli.datamodule).__name__} is not known here and not examined")
+
+
+def _weights(case: _Case) -> Iterator[Finding]:
+    """Look for every model and read all of it but its weights."""
+    roles = {"guide base": case.guide.get("base"), "answer model": case.answer_model}
+    roles["data base"] = case.data.base if case.data else None
+    for base in dict.fromkeys(filter(None, roles.values())):
+        named = " and ".join(role for role, its in roles.items() if its == base)
+        try:
+            yield from _one_base(case, f"{named} {base}", base)
+        except ConfigError as error:
+            yield _failed("weights", f"{named}: {error}")
+
+
+def _one_base(case: _Case, named: str, base: str) -> Iterator[Finding]:
     try:
-        return Parsed(
-            LightningModule,
-            LightningDataModule,
-            args=[part for config in configs for part in ("--config", str(config))],
-            run=False,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            parser_class=TerseParser,
-            auto_configure_optimizers=False,
-            save_config_callback=None,
-            trainer_defaults={"logger": False},
-        )
-    except Exception as error:
-        raise ConfigError(reason_of(error)) from error
+        folder = resolve_base(base, download=False)
+    except ConfigError as error:
+        if (found := _on_the_hub(named, base)) is None:
+            raise error
+        yield found
+        return
+    size, config, processor = _stored_bytes(folder), read_config(folder), load_processor(str(folder))
+    if original := is_original(config):
+        built: Any = convert_config(config, processor.context_id)
+        converted_tensors(folder, built)  # accounts for every tensor, from the files' headers
+    else:
+        built = (LlavaConfig if processor.family == "llava" else InternVLConfig).from_pretrained(folder)
+        # Released files do not say so, but hold two matrices.
+        built.tie_word_embeddings = config.get("tie_word_embeddings", False)
+    case.models[base] = _Model(processor, built)
+    layout = "original layout, converted while loading" if original else "transformers' layout"
+    yield Finding("ok", "weights", f"{named}: {folder}, {processor.family}, {layout}, {size / 1e9:.2f} GB")
+    context, known, template = processor.context_id, built.text_config.vocab_size, processor.template
+    told = f"{template.context} is {context}, answers end with {template.stop} {processor.stop_id}"
+    if max(context, processor.stop_id) >= known:
+        raise ConfigError(f"{base!r}: {told}, but there are {known} embeddings: the tokenizer is of another model")
+    yield Finding("ok", "tokenizer", f"{told}, at most {processor.max_length:,} slots")
 
 
-def _run_folder(cli: Any) -> Iterator[Finding]:  # noqa: ANN401
-    from pgp_lightning.training.run import checkpoints
+def _on_the_hub(named: str, base: str) -> Finding | None:
+    """Ask the hub for the size of a repository that is not in the cache; None if it cannot be reached."""
+    name, _, revision = base.partition("@")
+    if constants.HF_HUB_OFFLINE or base.startswith("embedded:") or name.count("/") != 1 or Path(name).exists():
+        return None
+    try:
+        info = HfApi().model_info(name, revision=revision or None, files_metadata=True, timeout=10)
+    except Exception:  # the library raises its own, its transport's, and OSError
+        return None
+    size = sum(file.size or 0 for file in info.siblings or [] if file.rfilename.endswith(".safetensors"))
+    there, free = _free(Path(constants.HF_HUB_CACHE))
+    told = f"{named}: {size / GIB:.1f} GiB to download on first use (or now: `hf download {name}`)"
+    state: Literal["warn", "fail"] = "warn" if 0 < size < free * GIB else "fail"
+    return Finding(state, "weights", f"{told}, {free:.1f} GiB free at {there}; nothing else of it could be examined")
 
-    root = Path(cli.trainer.default_root_dir)
-    there = next(parent for parent in (root, *root.resolve().parents) if parent.exists())
-    free = shutil.disk_usage(there).free / 2**30
+
+def _stored_bytes(folder: Path) -> int:
+    """Return the size of a folder's weights, having opened every file."""
+    files = sorted(folder.glob("*.safetensors"))
+    if (folder / INDEX).is_file():
+        try:
+            listed = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{folder / INDEX} is no index of weights ({error!r}): download it again") from error
+        files = [folder / name for name in sorted(set(listed))]
+    missing = [file.name for file in files if not file.is_file()] if files else ["*.safetensors"]
+    if missing:
+        raise ConfigError(f"{folder} lacks {', '.join(missing[:3])}: copy or download the whole folder again")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{file} is damaged ({error}): copy or download it again") from error
+    return sum(file.stat().st_size for file in files)
+
+
+def _free(folder: Path) -> tuple[Path, float]:
+    """Return where a folder is, or would be made, and the GiB that are free there."""
+    there = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    return there, shutil.disk_usage(there).free / GIB
+
+
+def _bases(case: _Case) -> Iterator[Finding]:
+    """Compare the guide with the base that the data is prepared for, and with the length that is wanted."""
+    guide, data = case.models.get(case.guide.get("base")), case.models.get(case.data.base if case.data else None)
+    if guide is None or data is None or case.data is None:
+        return
+    if guide.processor.rule != data.processor.rule:
+        told = f"they must tile alike: {guide.processor.rule} and {data.processor.rule}"
+        raise ConfigError(f"the guide's base and data.base: {told}; set both to the same model")
+    most, wanted = guide.processor.max_length, case.data.max_length
+    if wanted is not None and wanted > most:
+        yield Finding("warn", "max_length", f"data.max_length is {wanted}, the guide's base was made for {most} slots")
+
+
+def _attention(case: _Case) -> Iterator[Finding]:
+    if wanted := case.guide.get("attention"):
+        case.guide["attention"] = choose_attention(wanted, getattr(torch, case.guide["dtype"]))
+        yield Finding("ok", "attention", f"{wanted} gives {case.guide['attention']} here")
+
+
+def _run_folder(case: _Case) -> Iterator[Finding]:
+    root = Path(case.cli.config.trainer.default_root_dir or ".")
+    there, free = _free(root)
     yield Finding("ok" if free >= FREE_GIB else "fail", "disk", f"{free:.1f} GiB free at {there} for {root}")
-    found = checkpoints(root)
-    if found:
+    if checkpoints(root):
         yield Finding("warn", "run folder", f"{root} holds a run: continue with --ckpt_path last, or name another")
 
 
-def _data(cli: Any) -> Iterator[Finding]:  # noqa: ANN401
-    from pgp_lightning.data.conversation import ConversationReader, UnusableRecord
-    from pgp_lightning.data.manifest import Manifest
-    from pgp_lightning.data.mixture import check_topology
-    from pgp_lightning.data.shards import ShardReader, make_builder
-    from pgp_lightning.vlm.internvl import load_processor
+def _lanes(case: _Case) -> Iterator[Finding]:
+    if (data := case.data) is None:
+        return
+    ranks = max(1, case.cli.trainer.world_size)
+    check_topology(data.lanes, ranks, data.workers)
+    yield Finding("ok", "lanes", f"{data.lanes} lanes for {ranks} ranks x {max(1, data.workers)} readers")
+    sources = Manifest.load(data.manifest, data.root).splits.get("train", ())
+    if sources and all(source.built for source in sources):
+        mixture = Mixture(tuple(map(StreamSource.load, sources)), data.seed, data.lanes, data.batch_size)
+        small = [s.name for s in mixture.sources if s.repeat * s.samples < data.lanes * data.batch_size]
+        if small:
+            told = f"an epoch has fewer records of {', '.join(small)} than lanes x batch_size"
+            yield Finding("warn", "lanes", f"{told} = {data.lanes} x {data.batch_size}: fewer lanes spread them better")
 
-    data = cli.datamodule
-    check_topology(data.lanes, max(1, cli.trainer.world_size), data.workers)
-    processor = load_processor(data.base)
-    reader = ConversationReader(processor, data.turns, data.max_length)
+
+def _data(case: _Case) -> Iterator[Finding]:
+    if (data := case.data) is None:
+        return
     for split, sources in Manifest.load(data.manifest, data.root).splits.items():
         for source in sources:
-            name = f"{split}/{source.name}"
-            if not source.built:
-                yield Finding("ok", name, f"{len(make_builder(source))} records, to be built on first use")
-                continue
-            index = source.index()
-            reasons: Counter[str] = Counter()
-            lengths = []
-            shards = ShardReader(capacity=1)
-            numbers = [(shard, i) for shard in index.shards for i in range(shard.samples)][:LOOKED_AT]
-            for shard, number in numbers:
-                try:
-                    conversation = reader(shards.read(shard, number))
-                    tokens = conversation.grid.tokens
-                    lengths += [processor.prompt_length(t.question, t.answer, tokens) for t in conversation.turns]
-                except UnusableRecord as unusable:
-                    reasons[unusable.reason] += 1
-            bad = sum(reasons.values()) / max(1, len(numbers))
-            detail = f"{index.samples} records in {len(index.shards)} shards"
-            detail += f"; of the first {len(numbers)}: longest {max(lengths, default=0)} slots"
-            detail += "".join(f", {count} {reason}" for reason, count in reasons.items())
-            yield Finding("fail" if bad > source.allowed_rejects else "ok", name, detail)
+            try:
+                yield _source(case, data, source)
+            except REFUSALS as error:
+                yield _failed(f"{split}/{source.name}", error)
 
 
-def _memory(cli: Any) -> Iterator[Finding]:  # noqa: ANN401
-    weights = sum(p.numel() * p.element_size() for p in cli.model.parameters())
-    trained = sum(p.numel() for p in cli.model.parameters() if p.requires_grad)
-    # A gradient and AdamW's two moments in float32 for each trained weight.
-    states = weights + 12 * trained
-    yield Finding("ok", "memory", f"{states / 2**30:.2f} GiB for weights and optimiser ({trained:,} trained weights)")
+def _source(case: _Case, data: InstructionData, source: Source) -> Finding:
+    """Count a source's records and read the first ones as training would."""
+    name = f"{source.split}/{source.name}"
+    if not source.built and source.build is not None:
+        return Finding("ok", name, f"{len(make_builder(source))} records, to be built on first use")
+    index = source.index()
+    detail = f"{index.samples} records in {len(index.shards)} shards"
+    if (model := case.models.get(data.base)) is None:
+        return Finding("warn", name, f"{detail}, unread: data.base is not there")
+    processor, reasons = model.processor, Counter[str]()
+    reader = ConversationReader(processor, data.turns, data.max_length, data.max_tiles)
+    longest, shards = 0, ShardReader(capacity=1)
+    numbers = [(shard, i) for shard in index.shards for i in range(shard.samples)][:LOOKED_AT]
+    for shard, number in numbers:
+        try:
+            conversation = reader(shards.read(shard, number))
+        except UnusableRecord as unusable:
+            reasons[unusable.reason] += 1
+            continue
+        prompts = [processor.prompt(t.question, t.answer, "question_first") for t in conversation.turns]
+        text = max(len(prompt.before) + len(prompt.after) + len(prompt.answer) for prompt in prompts)
+        case.rows.append((text, max(len(prompt.answer) for prompt in prompts), len(prompts)))
+        longest = max(longest, text + conversation.grid.tokens)
+    bad, budget = sum(reasons.values()) / len(numbers), data.max_length or processor.max_length
+    detail += f"; of the first {len(numbers)}: longest {longest} of at most {budget} slots"
+    detail += "".join(f", {count} {reason}" for reason, count in reasons.items())
+    return Finding("fail" if bad > source.allowed_rejects else "ok", name, detail)
+
+
+def _memory(case: _Case) -> Iterator[Finding]:
+    guide, data = case.models.get(case.guide.get("base")), case.data
+    if guide is None or data is None:
+        yield Finding("warn", "memory", "not estimated, for want of the guide's base or of the data")
+        return
+    device, memory = device_memory(case.cli.trainer.strategy.root_device)
+    tiles, text = _largest(case, guide.processor)
+    turns = max((turns for _, _, turns in case.rows), default=1)
+    options = ("lora_rank", "head_layers", "gradient_checkpointing", "attention")
+    fit = fit_memory(
+        guide.config,
+        rows=data.batch_size * turns,
+        images=data.batch_size,
+        tiles=tiles,
+        text_slots=text,
+        answer=max((answer for _, answer, _ in case.rows), default=ANSWER),
+        visual_share=case.guide.get("visual_token_share", 1.0),
+        dtype=getattr(torch, case.guide.get("dtype", "float32")),
+        **{key: case.guide[key] for key in options if key in case.guide},
+    )
+    told = f"{fit} for {data.batch_size * turns} rows of {tiles} tiles and {text} slots of text at most"
+    told += f"; {device} has {memory / GIB:.1f} GiB"
+    if fit.total > FULL * memory:
+        told += ": lower data.batch_size and raise trainer.accumulate_grad_batches, or set gradient_checkpointing"
+    yield Finding("fail" if fit.total > memory else "warn" if fit.total > FULL * memory else "ok", "memory", told)
+
+
+def _largest(case: _Case, processor: Processor) -> tuple[int, int]:
+    """Return tiles and text slots of the largest row that the data may hold."""
+    rule, data = processor.rule, case.data
+    text = max((text for text, _, _ in case.rows), default=TEXT)
+    most = min(rule.max_tiles, data.max_tiles or rule.max_tiles) if data else rule.max_tiles
+    budget = (data and data.max_length) or processor.max_length
+    fitting = max(1, (budget - text) // rule.tokens_per_side**2)
+    return min(fitting, most + int(rule.thumbnail and most > 1)), text
+
+
+def _answer_model(case: _Case) -> Iterator[Finding]:
+    """Say whether the guide's scores can be laid on the answer model's tokens, and what generating takes."""
+    guide, answer = case.models.get(case.guide.get("base")), case.models.get(case.answer_model)
+    if guide is None or answer is None:
+        return
+    check_pair(guide.processor, answer.processor)
+    tiles, text = _largest(case, answer.processor)
+    prune = prune_memory(answer.config, tiles=tiles, text_slots=text, keep_ratio=0.05)
+    yield Finding("ok", "answer model", f"has the guide's tokens; {prune} in bfloat16, a prompt of {tiles} tiles")

@@ -25,7 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     doctor = commands.add_parser("doctor", help="say whether a fit would work, before paying for it")
     doctor.add_argument("--config", type=Path, action="append", required=True, help="as for lightning fit")
+    doctor.add_argument("--answer-model", help="also check that this model can be pruned by the guide")
     doctor.set_defaults(call=_doctor)
+
+    convert = commands.add_parser("convert", help="rewrite an original InternVL checkpoint for transformers")
+    convert.add_argument("source", help="a folder in the original layout, or OWNER/NAME on the hub")
+    convert.add_argument("folder", type=Path, help="where the converted checkpoint goes; must not exist")
+    convert.add_argument("--image-token-id", type=int, help="id of <IMG_CONTEXT>, where the source has no tokenizer")
+    convert.set_defaults(call=_convert)
 
     shards = commands.add_parser("shards", help="build or verify the shards of a manifest")
     shards.add_argument("action", choices=("build", "verify"))
@@ -63,12 +70,20 @@ def _export(given: argparse.Namespace) -> int:
 def _doctor(given: argparse.Namespace) -> int:
     from pgp_lightning.doctor import examine
 
-    findings = examine(given.config)
+    findings = examine(given.config, given.answer_model)
     for finding in findings:
         print(finding)
     bad = [finding for finding in findings if finding.state == "fail"]
     print(f"{len(bad)} of {len(findings)} checks failed" if bad else f"all {len(findings)} checks passed")
     return 1 if bad else 0
+
+
+def _convert(given: argparse.Namespace) -> int:
+    from pgp_lightning.vlm.loading import convert_base
+
+    convert_base(given.source, given.folder, given.image_token_id)
+    print(f"{given.source} written to {given.folder}, every tensor read back and compared")
+    return 0
 
 
 def _shards(given: argparse.Namespace) -> int:

@@ -17,3 +17,11 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> str:
     from tests.tiny import save_tiny
 
     return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def llava_base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny random model of the LLaVA-1.5 family, made once."""
+    from tests.tiny_llava import save_llava
+
+    return save_llava(tmp_path_factory.mktemp("llava"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, Inter
 
 from pgp_lightning.data.collate import Batch
 from pgp_lightning.embedded.pair import build_processor
-from pgp_lightning.vlm.internvl import Processor
+from pgp_lightning.vlm.processor import Processor
 from pgp_lightning.vlm.request import Request
 from pgp_lightning.vlm.tiles import TileGrid, TileRule
 
@@ -25,10 +26,16 @@ QUESTIONS = ("what color is the square", "how many red shapes", "read the blue s
 ANSWERS = ("red", "2", "A B 7", "no")
 
 
-def golden(name: str) -> list[dict[str, object]]:
+def golden(name: str) -> list[dict[str, Any]]:
     """Read a file of reference values (tests/golden/README.md says where they come from)."""
-    cases: list[dict[str, object]] = json.loads((GOLDEN / name).read_text(encoding="utf-8"))
+    cases: list[dict[str, Any]] = json.loads((GOLDEN / name).read_text(encoding="utf-8"))
     return cases
+
+
+def golden_object(name: str) -> dict[str, Any]:
+    """Read a file of reference values that holds one object."""
+    values: dict[str, Any] = json.loads((GOLDEN / name).read_text(encoding="utf-8"))
+    return values
 
 
 def tiny_processor() -> Processor:

@@ -94,12 +94,14 @@ class ConversationReader:
         processor: the model's tile rule and prompt lengths.
         turns: use the first question turn of a record, or all.
         max_length: length budget in prompt slots; by default the processor's.
+        max_tiles: greatest number of tiles of an image, the thumbnail apart; by default the processor's.
         max_pixels: largest image that is decoded.
     """
 
     processor: Processor
     turns: Literal["first", "all"] = "first"
     max_length: int | None = None
+    max_tiles: int | None = None
     max_pixels: int = 64_000_000
 
     def __call__(self, raw: RawRecord) -> Conversation:
@@ -113,7 +115,7 @@ class ConversationReader:
         record = _parse(raw)
         turns = tuple(_turn(raw.key, value) for value in _selected(raw.key, record, self.turns))
         image = self._open(raw.key, raw.image)
-        finest = self.processor.rule.grid(*image.size)
+        finest = _limited(self.processor.rule, self.max_tiles).grid(*image.size)
         for turn in turns:
             if turn.relevant is not None and max(turn.relevant, default=0) >= record.get("tokens", finest.tokens):
                 raise UnusableRecord("bad-relevant", f"{raw.key}: an index exceeds the image's visual tokens")
@@ -138,11 +140,11 @@ class ConversationReader:
 
     def _tile_limit(self, key: str, turns: tuple[Turn, ...], width: int, height: int) -> int:
         """Return the greatest number of tiles with which every turn fits the length budget."""
-        rule = self.processor.rule
+        rule = _limited(self.processor.rule, self.max_tiles)
         budget = self.processor.max_length if self.max_length is None else self.max_length
         limit, length = rule.max_tiles, 0
         while limit >= 1:
-            grid = replace(rule, min_tiles=min(rule.min_tiles, limit), max_tiles=limit).grid(width, height)
+            grid = _limited(rule, limit).grid(width, height)
             length = max(self.processor.prompt_length(turn.question, turn.answer, grid.tokens) for turn in turns)
             if length <= budget:
                 return limit
@@ -152,6 +154,13 @@ class ConversationReader:
 
 # What PIL raises for input that is no image, for a damaged one, and for one that is too large to be honest.
 _IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+def _limited(rule: TileRule, most: int | None) -> TileRule:
+    """Return a rule with at most so many tiles."""
+    if most is None or most >= rule.max_tiles:
+        return rule
+    return replace(rule, min_tiles=min(rule.min_tiles, most), max_tiles=most)
 
 
 def _parse(raw: RawRecord) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class InstructionData(pl.LightningDataModule):
         turns: use the `first` question turn of a record, or `all`, which share the image.
         max_length: longest prompt with answer in slots; longer ones get fewer tiles, then are left out. By default
             the base model's limit.
+        max_tiles: greatest number of tiles of an image, the thumbnail apart; by default the base model's.
         workers: worker processes per rank that read and decode; 0 reads in the training process.
         lanes: virtual streams that fix the order for any number of ranks x workers that divides them.
         seed: seed of the order.
@@ -48,6 +49,7 @@ class InstructionData(pl.LightningDataModule):
         val_batch_size: int | None = None,
         turns: Literal["first", "all"] = "first",
         max_length: int | None = None,
+        max_tiles: int | None = None,
         workers: int = 0,
         lanes: int = 64,
         seed: int = 0,
@@ -61,6 +63,7 @@ class InstructionData(pl.LightningDataModule):
             "batch_size": batch_size,
             "val_batch_size": val_batch_size,
             "max_length": max_length,
+            "max_tiles": max_tiles,
             "lanes": lanes,
             "shuffle_window": shuffle_window,
             "limit_val_records": limit_val_records,
@@ -74,7 +77,7 @@ class InstructionData(pl.LightningDataModule):
         self.manifest, self.base, self.root = manifest, base, root
         self.batch_size = batch_size
         self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
-        self.turns, self.max_length = turns, max_length
+        self.turns, self.max_length, self.max_tiles = turns, max_length, max_tiles
         self.workers, self.build_workers = workers, build_workers
         self.lanes, self.seed, self.shuffle_window = lanes, seed, shuffle_window
         self.limit_val_records = limit_val_records
@@ -100,14 +103,14 @@ class InstructionData(pl.LightningDataModule):
             ConfigError: if a split is missing that the stage needs, or the lanes do not suit data or ranks.
             DataError: if shards are missing or damaged.
         """
-        from pgp_lightning.vlm.internvl import load_processor  # loads a tokenizer: only when data is really used
+        from pgp_lightning.vlm.loading import load_processor  # loads a tokenizer: only when data is really used
 
         manifest = Manifest.load(self.manifest, self.root)
         needed = {"fit": ["train"], "validate": ["val"], "test": ["test"], "predict": ["test"]}.get(stage or "", [])
         wanted = needed + ["val"] * (stage == "fit" and "val" in manifest.splits) if stage else list(manifest.splits)
         for split in wanted:
             self._splits[split] = tuple(StreamSource.load(source) for source in manifest.sources(split))
-        self.reader = ConversationReader(load_processor(self.base), self.turns, self.max_length)
+        self.reader = ConversationReader(load_processor(self.base), self.turns, self.max_length, self.max_tiles)
         if "train" in wanted:
             self.mixture = Mixture(self._splits["train"], self.seed, self.lanes, self.batch_size, self.shuffle_window)
             check_topology(self.lanes, self.trainer.world_size if self.trainer else 1, self.workers)
@@ -158,10 +161,10 @@ class InstructionData(pl.LightningDataModule):
             ConfigError: if the manifest has no such split.
             DataError: if shards are missing or damaged.
         """
-        from pgp_lightning.vlm.internvl import load_processor
+        from pgp_lightning.vlm.loading import load_processor
 
         sources = tuple(StreamSource.load(source) for source in Manifest.load(self.manifest, self.root).sources(split))
-        reader = ConversationReader(load_processor(self.base), self.turns, self.max_length)
+        reader = ConversationReader(load_processor(self.base), self.turns, self.max_length, self.max_tiles)
         return EvaluationLoader(sources, reader, self.val_batch_size, limit=records)
 
     def _evaluation(self, split: str, limit: int | None) -> EvaluationLoader:

@@ -22,15 +22,15 @@ from torch.nn.utils.rnn import pad_sequence
 from pgp_lightning.bottleneck import GaussianBottleneck, Posterior
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.guides.base import Guide
-from pgp_lightning.vlm.internvl import InternVL, PromptOrder
+from pgp_lightning.vlm.family import VLM, Attention
+from pgp_lightning.vlm.loading import load_vlm
+from pgp_lightning.vlm.processor import PromptOrder
 from pgp_lightning.vlm.request import Request
 from pgp_lightning.vlm.slots import Slots, lay_out
 
 __all__ = ["BottleneckPass", "PosteriorGuide", "Reconstruction", "Subset"]
 
 METHOD_VERSION = 1
-# Full module paths: the vision tower has projections of the same names and stays as it is.
-LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 
 
 class Subset(NamedTuple):
@@ -69,8 +69,8 @@ class PosteriorGuide(Guide):
     """A small VLM with LoRA on its language model and a Gaussian bottleneck on its visual states.
 
     Args:
-        base: the small VLM: `embedded:guide`, or a folder of the InternVL family in transformers' layout; from Python
-            also a model in memory, which `dtype` and `attention` then leave as it is.
+        base: the small VLM: `embedded:guide`, a local folder, or a repository on the hub (docs/models.md says what
+            loads); from Python also a model in memory, which `dtype` and `attention` then leave as it is.
         lora_rank: rank of the adapter; 0 trains the bottleneck alone.
         lora_alpha: scale of the adapter (the update is multiplied by alpha / rank).
         lora_dropout: dropout in front of the adapter, in training.
@@ -82,7 +82,7 @@ class PosteriorGuide(Guide):
         bottleneck_order: prompt order of the first pass; `image_first` cannot see the question and is for controls.
         reconstruction_order: prompt order of the second pass.
         dtype: of the frozen weights and the passes; bottleneck and losses are float32 always.
-        attention: attention implementation of transformers.
+        attention: attention implementation of transformers; `auto` is flash-attn where it can run, else sdpa.
         gradient_checkpointing: recompute decoder layers in the backward pass to save memory.
 
     Raises:
@@ -91,7 +91,7 @@ class PosteriorGuide(Guide):
 
     def __init__(
         self,
-        base: str | InternVL = "embedded:guide",
+        base: str | VLM = "embedded:guide",
         lora_rank: int = 32,
         lora_alpha: int = 64,
         lora_dropout: float = 0.05,
@@ -103,14 +103,14 @@ class PosteriorGuide(Guide):
         bottleneck_order: PromptOrder = "question_first",
         reconstruction_order: PromptOrder = "question_first",
         dtype: Literal["float32", "bfloat16"] = "float32",
-        attention: str = "sdpa",
+        attention: Attention = "auto",
         gradient_checkpointing: bool = False,
     ) -> None:
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         self.arguments: dict[str, Any] = {**arguments, "base": base if isinstance(base, str) else base.base}
         self.bottleneck_order, self.reconstruction_order = bottleneck_order, reconstruction_order
-        self.vlm = InternVL.load(base, getattr(torch, dtype), attention) if isinstance(base, str) else base
+        self.vlm = load_vlm(base, getattr(torch, dtype), attention) if isinstance(base, str) else base
         self.base_fingerprint = _fingerprint(self.vlm.model)
         self.vlm.model.requires_grad_(False)
         if gradient_checkpointing:
@@ -118,7 +118,7 @@ class PosteriorGuide(Guide):
         self.model: nn.Module = self.vlm.model
         if lora_rank:
             config = LoraConfig(
-                r=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=LORA_TARGETS
+                r=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=self.vlm.adapter_targets
             )
             try:
                 self.model = get_peft_model(self.vlm.model, config)
@@ -186,13 +186,13 @@ class PosteriorGuide(Guide):
         slots = self._lay_out(prompts, request, subset)
         hidden = self._decode(slots, latents)
         # The head is the widest product of a step: it runs on supervised slots only.
-        logits = self.vlm.model.lm_head(hidden[slots.rows, slots.sources])
+        logits = self.vlm.head(hidden[slots.rows, slots.sources])
         return Reconstruction(logits.float(), slots.targets, slots.rows)
 
     def train(self, mode: bool = True) -> PosteriorGuide:
         """Set training mode; the frozen vision tower stays in evaluation mode."""
         super().train(mode)
-        self.vlm.model.model.vision_tower.eval()
+        self.vlm.vision_tower.eval()
         return self
 
     def trainable(self) -> dict[str, Tensor]:
@@ -224,7 +224,7 @@ class PosteriorGuide(Guide):
         facts = {
             "method": "posterior",
             "method_version": METHOD_VERSION,
-            "family": "internvl",
+            "family": self.vlm.family,
             "base_fingerprint": self.base_fingerprint,
             "tokens_per_tile": rule.tokens_per_side**2,
             "tile_size": rule.tile_size,

@@ -1,184 +1,116 @@
-"""The InternVL family: its chat format, where its parts are, and how a checkpoint in transformers' layout is loaded.
-
-A folder of the family holds transformers' own files (`config.json`, `model.safetensors`, tokenizer) and `vlm.json`,
-which keeps what transformers' configuration has no place for: tile rule, system prompt, separator, length limit.
-"""
+"""The InternVL family: InternVL2, 2.5 and 3, as released (`internvl_chat`) and in transformers' own layout (`-hf`)."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import InternVLForConditionalGeneration, PreTrainedModel, PreTrainedTokenizerBase
 
 from pgp_lightning.errors import ConfigError
+from pgp_lightning.vlm.conversion import load_original
+from pgp_lightning.vlm.family import VLM, Facts
+from pgp_lightning.vlm.original_config import convert_config, image_token_id, is_original
+from pgp_lightning.vlm.processor import ChatTemplate, Processor
 from pgp_lightning.vlm.tiles import TileRule
 
-__all__ = ["ChatTemplate", "InternVL", "Processor", "PromptIds", "PromptOrder", "load_processor", "resolve_base"]
+__all__ = ["TEMPLATES", "InternVL"]
 
-SIDE_CAR = "vlm.json"
-PromptOrder = Literal["question_first", "image_first"]
-# The pixel statistics of ImageNet, with which every InternViT was trained.
-_MEAN = (0.485, 0.456, 0.406)
-_STD = (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class PromptIds:
-    """Token ids of one turn around its visual tokens: `before` ends with <img>, `after` begins with </img>."""
-
-    before: list[int]
-    after: list[int]
-    answer: list[int] = field(default_factory=list)
+_SYSTEM_2 = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+)
+_SYSTEM_2_5 = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+)
+# By the name in the original config.json. The generation of InternVL2 ends blocks without a newline.
+TEMPLATES = {
+    "Hermes-2": ChatTemplate(_SYSTEM_2, separator="<|im_end|>", between=""),
+    "internlm2-chat": ChatTemplate(_SYSTEM_2, separator="<|im_end|>", between=""),
+    "internvl2_5": ChatTemplate(_SYSTEM_2_5),
+}
 
 
-@dataclass(frozen=True)
-class ChatTemplate:
-    """The chat format of a generation of the family.
+class InternVL(VLM):
+    """A model of the InternVL family."""
 
-    Args:
-        system: text of the system block, empty for none.
-        separator: what ends a block (InternVL2.5 and 3: with a newline; InternVL2: without).
-        user: what opens the user's block.
-        assistant: what opens the assistant's block.
-    """
-
-    system: str = ""
-    separator: str = "<|im_end|>\n"
-    user: str = "<|im_start|>user\n"
-    assistant: str = "<|im_start|>assistant\n"
-
-    def render(self, question: str | None, order: PromptOrder) -> tuple[str, str]:
-        """Return the text before the visual tokens, up to <img>, and after them, up to the assistant's turn.
-
-        Args:
-            question: the user's words; None leaves them out (the question-blind reconstruction pass).
-            order: native (`image_first`), or `question_first`, in which the visual tokens can see the question.
-        """
-        before = f"<|im_start|>system\n{self.system}{self.separator}" if self.system else ""
-        before += self.user
-        after = "</img>"
-        if question is not None and order == "question_first":
-            before += f"{question}\n"
-        elif question is not None:
-            after += f"\n{question}"
-        return before + "<img>", f"{after}{self.separator}{self.assistant}"
-
-
-@dataclass(frozen=True)
-class Processor:
-    """What is known of a model without its weights: tokenizer, tile rule, chat format and length limit."""
-
-    tokenizer: PreTrainedTokenizerFast
-    rule: TileRule
-    template: ChatTemplate
-    max_length: int
-
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text, special tokens in it recognised and none added."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-        return ids
-
-    def prompt(self, question: str | None, answer: str | None, order: PromptOrder) -> PromptIds:
-        """Return the ids of one turn; the answer's, if given, end with <|im_end|>."""
-        before, after = self.template.render(question, order)
-        target = [] if answer is None else self.encode(f"{answer}<|im_end|>")
-        return PromptIds(self.encode(before), self.encode(after), target)
-
-    def prompt_length(self, question: str, answer: str, visual_tokens: int) -> int:
-        """Return how many prompt slots a turn takes."""
-        ids = self.prompt(question, answer, "question_first")
-        return len(ids.before) + visual_tokens + len(ids.after) + len(ids.answer)
-
-    def save(self, folder: Path) -> None:
-        """Write tokenizer and side-car into a folder."""
-        self.tokenizer.save_pretrained(folder)
-        rule = asdict(self.rule)
-        facts = {"family": "internvl", "rule": rule, "template": asdict(self.template), "max_length": self.max_length}
-        (folder / SIDE_CAR).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def resolve_base(base: str) -> Path:
-    """Return the folder of a model: `embedded:NAME` for one of the package's own, or a local folder.
-
-    Raises:
-        ConfigError: if there is no such folder or it is not one of this family.
-    """
-    if base.startswith("embedded:"):
-        folder = Path(__file__).parents[1] / "embedded" / "models" / base.removeprefix("embedded:")
-        known = ", ".join(sorted(f"embedded:{p.name}" for p in folder.parent.glob("*") if p.is_dir()))
-        hint = f"the package holds {known or 'none'}"
-    else:
-        folder = Path(base).expanduser()
-        hint = "give a local folder that holds config.json, model.safetensors, a tokenizer and vlm.json"
-    if not (folder / "config.json").is_file() or not (folder / SIDE_CAR).is_file():
-        raise ConfigError(f"no model of the InternVL family at {base!r}: {hint}")
-    return folder
-
-
-def load_processor(base: str) -> Processor:
-    """Load tokenizer, tile rule and chat format of a model (no weights; cheap enough for data workers).
-
-    Raises:
-        ConfigError: if the folder is not there or its side-car is of another family.
-    """
-    folder = resolve_base(base)
-    facts: dict[str, Any] = json.loads((folder / SIDE_CAR).read_text(encoding="utf-8"))
-    if facts.get("family") != "internvl":
-        raise ConfigError(f"{folder / SIDE_CAR} must say family 'internvl', got {facts.get('family')!r}")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    return Processor(tokenizer, TileRule(**facts["rule"]), ChatTemplate(**facts["template"]), facts["max_length"])
-
-
-class InternVL:
-    """A model of the family seen from outside: its parts by name, its processor, its base.
-
-    Args:
-        model: transformers' own model, unmodified.
-        processor: its processor.
-        base: where it came from.
-    """
-
-    def __init__(self, model: InternVLForConditionalGeneration, processor: Processor, base: str) -> None:
-        self.model, self.processor, self.base = model, processor, base
+    family = "internvl"
+    # The pixel statistics of ImageNet, with which every InternViT was trained.
+    mean = (0.485, 0.456, 0.406)
+    std = (0.229, 0.224, 0.225)
 
     @classmethod
-    def load(cls, base: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> InternVL:
-        """Load a model from a folder in transformers' layout (safetensors only).
+    def recognises(cls, config: Mapping[str, Any]) -> bool:
+        """Say whether a folder's `config.json` is of this family."""
+        return config.get("model_type") == "internvl" or is_original(config)
+
+    @classmethod
+    def facts(cls, folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Facts:
+        """Read tile rule, chat format and length limit from a checkpoint's own files.
+
+        transformers' layout has no place for the chat format's system text: checkpoints in it are of InternVL2.5 or
+        3 and get theirs, as the original code would.
 
         Raises:
-            ConfigError: if the folder is not there.
+            ConfigError: if the model is of a kind that is not supported.
         """
-        folder = resolve_base(base)
-        model = InternVLForConditionalGeneration.from_pretrained(
+        if is_original(config):
+            convert_config(config, image_token_id(config, tokenizer))  # refuses by name what cannot be converted
+            name = config.get("template")
+            text, limits = config["llm_config"], config
+            size = config.get("force_image_size") or config["vision_config"]["image_size"]
+            patch = config["vision_config"].get("patch_size", 14)
+            least, most = int(limits.get("min_dynamic_patch", 1)), int(limits.get("max_dynamic_patch", 12))
+            thumbnail = bool(limits.get("use_thumbnail", True))
+        else:
+            name, text = "internvl2_5", config["text_config"]
+            size, patch = (_side(config["vision_config"][key]) for key in ("image_size", "patch_size"))
+            preprocessing = folder / "preprocessor_config.json"
+            values = json.loads(preprocessing.read_text(encoding="utf-8")) if preprocessing.is_file() else {}
+            least, most, thumbnail = int(values.get("min_patches", 1)), int(values.get("max_patches", 12)), True
+        if name not in TEMPLATES:
+            raise ConfigError(f"{folder} wants the chat format {name!r}; known are {', '.join(TEMPLATES)}")
+        side = int(size // patch * config.get("downsample_ratio", 0.5))
+        rule = TileRule(int(size), side, least, most, thumbnail)
+        template = replace(TEMPLATES[name], begin=_begin(text, tokenizer))
+        return Facts(rule, template, int(text.get("max_position_embeddings", 32768)))
+
+    @classmethod
+    def load_model(
+        cls, folder: Path, config: Mapping[str, Any], processor: Processor, dtype: torch.dtype, attention: str
+    ) -> PreTrainedModel:
+        """Load the weights (safetensors only), converting the original layout on the way."""
+        if is_original(config):
+            converted = convert_config(config, processor.context_id)
+            return load_original(folder, converted, dtype, attention, stop_id=processor.stop_id)
+        return InternVLForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, attn_implementation=attention, use_safetensors=True
         )
-        return cls(model, load_processor(base), base)
 
-    @property
-    def decoder(self) -> nn.Module:
-        """The language model without its head."""
-        decoder: nn.Module = self.model.model.language_model
-        return decoder
-
-    @property
-    def width(self) -> int:
-        """Hidden size d of the language model."""
-        return int(self.model.get_input_embeddings().get_parameter("weight").shape[1])
-
-    def visual_tokens(self, tiles: Tensor) -> Tensor:
-        """Encode and project tiles: uint8 (T, 3, S, S) to visual tokens (T, n, d) in the model's dtype."""
-        pixels = self.normalise(tiles, self.model.dtype)
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Run vision tower and projector: normalised pixels (T, 3, S, S) to visual tokens (T, n, d)."""
         features: Tensor = self.model.get_image_features(pixel_values=pixels).pooler_output
         return features
 
-    @staticmethod
-    def normalise(tiles: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Turn uint8 tiles (T, 3, S, S) into the pixels the vision tower was trained on, on the tiles' device."""
-        mean = torch.tensor(_MEAN, device=tiles.device).view(3, 1, 1)
-        std = torch.tensor(_STD, device=tiles.device).view(3, 1, 1)
-        return ((tiles.to(torch.float32) / 255 - mean) / std).to(dtype)
+    @property
+    def vision_layers(self) -> nn.ModuleList:
+        """The vision tower's layers, first to last."""
+        layers: nn.ModuleList = self.vision_tower.get_submodule("encoder").get_submodule("layer")  # type: ignore[assignment]
+        return layers
+
+
+def _side(value: int | list[int]) -> int:
+    """Return a size that transformers writes as a number or as a pair."""
+    return int(value if isinstance(value, int) else value[0])
+
+
+def _begin(text: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Return what the tokenizer puts in front of every sequence: <s> for InternLM2, nothing for Qwen."""
+    if tokenizer is None:
+        return "<s>" if text.get("model_type") == "internlm2" else ""
+    with_specials, plain = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
+    return str(tokenizer.bos_token) if with_specials[:1] == [tokenizer.bos_token_id] != plain[:1] else ""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pgp_lightning.vlm.internvl import PromptIds
+from pgp_lightning.vlm.processor import PromptIds
 
 __all__ = ["Slots", "lay_out"]
 

@@ -1,29 +1,43 @@
-"""Tile geometry of the InternVL family: an image becomes equal square tiles, and a visual token has a place on it.
+"""Tile geometry: an image becomes equal square tiles, and every visual token has a place on it.
 
-The rule is InternVL's dynamic preprocessing: choose the grid of tiles whose aspect ratio is nearest to the
-image's, resize the image onto it without keeping the ratio, cut row by row, and append the whole image as a
-thumbnail when there is more than one tile. Visual tokens lie in raster order inside a tile, tiles in raster
-order, the thumbnail last ("tile-raster order").
+InternVL's dynamic preprocessing (`stretch`): choose the grid of tiles whose aspect ratio is nearest to the image's,
+resize the image onto it without keeping the ratio, cut row by row, and append the whole image as a thumbnail when
+there is more than one tile. LLaVA-1.5 has one tile: the image padded to a square (`pad`, the paper's), or its middle
+(`crop`, what the processors of converted checkpoints do). Visual tokens lie in raster order inside a tile, tiles in
+raster order, the thumbnail last ("tile-raster order").
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 __all__ = ["TileGrid", "TileRule", "cut_tiles"]
 
+MOST_NARROW = 100  # greatest ratio of sides with `crop`, which would blow a sliver up to gigabytes
+
 
 @dataclass(frozen=True)
 class TileGrid:
-    """How one image was tiled, and where each of its visual tokens lies."""
+    """How one image was tiled, and where each of its visual tokens lies.
+
+    Args:
+        columns: tiles side by side.
+        rows: tiles below each other.
+        tokens_per_side: visual tokens along one side of a tile.
+        thumbnail: whether a view of the whole follows.
+        frame: what the tiles show, as left, top, right, bottom in fractions of the image: more than the image if it
+            was padded, less if it was cropped.
+    """
 
     columns: int
     rows: int
     tokens_per_side: int
     thumbnail: bool
+    frame: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
 
     @property
     def tiles(self) -> int:
@@ -36,7 +50,10 @@ class TileGrid:
         return self.tiles * self.tokens_per_side**2
 
     def rectangles(self) -> np.ndarray:
-        """Place of every visual token: float64 (M, 4) of left, top, right, bottom as fractions of the image."""
+        """Place of every visual token: float64 (M, 4) of left, top, right, bottom as fractions of the image.
+
+        Tokens that show padding lie outside [0, 1].
+        """
         side = self.tokens_per_side
 
         def raster(columns: int, rows: int) -> np.ndarray:
@@ -49,7 +66,9 @@ class TileGrid:
         parts = [tiles.reshape(-1, 4)]
         if self.thumbnail:
             parts.append(raster(side, side).reshape(-1, 4))
-        return np.concatenate(parts)
+        left, top, right, bottom = self.frame
+        origin, size = np.array([left, top] * 2), np.array([right - left, bottom - top] * 2)
+        return np.asarray(np.concatenate(parts) * size + origin)
 
     def untile(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Lay per-token values (M,) out as on the image.
@@ -79,6 +98,9 @@ class TileRule:
         min_tiles: least number of tiles, without the thumbnail.
         max_tiles: greatest number of tiles, without the thumbnail.
         thumbnail: whether an image of more than one tile is followed by a thumbnail of the whole.
+        fit: how an image is made to fit: resized without keeping its ratio, padded to a square, or its middle square
+            (`pad` and `crop` have one tile).
+        padding: colour of the padding, RGB.
     """
 
     tile_size: int = 448
@@ -86,13 +108,22 @@ class TileRule:
     min_tiles: int = 1
     max_tiles: int = 12
     thumbnail: bool = True
+    fit: Literal["stretch", "pad", "crop"] = "stretch"
+    padding: tuple[int, int, int] = (122, 116, 104)
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_tiles <= self.max_tiles:
             raise ValueError(f"tiles must satisfy 1 <= min <= max, got {self.min_tiles} and {self.max_tiles}")
+        if self.fit not in ("stretch", "pad", "crop") or (self.fit != "stretch" and self.max_tiles > 1):
+            raise ValueError(f"fit must be stretch, or pad or crop with one tile, got {self.fit!r}, {self.max_tiles}")
+        object.__setattr__(self, "padding", tuple(self.padding))  # JSON has lists
 
     def grid(self, width: int, height: int) -> TileGrid:
-        """Choose the grid for an image of width x height pixels (InternVL's dynamic preprocessing)."""
+        """Choose the grid for an image of width x height pixels."""
+        if self.fit != "stretch":
+            left, top, right, bottom = self._square(width, height)
+            frame = (left / width, top / height, right / width, bottom / height)
+            return TileGrid(1, 1, self.tokens_per_side, False, frame)
         candidates = sorted(
             (
                 (columns, rows)
@@ -114,12 +145,53 @@ class TileRule:
         columns, rows = best
         return TileGrid(columns, rows, self.tokens_per_side, self.thumbnail and columns * rows > 1)
 
+    def _square(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Return the square that the one tile shows, in pixels of the image."""
+        if self.fit == "pad":
+            side = max(width, height)
+            left, top = -((side - width) // 2), -((side - height) // 2)
+            return left, top, left + side, top + side
+        # The short side is resized to the tile first and the long one cut in whole pixels of the result.
+        scale = self.tile_size / min(width, height)
+        resized = self._resized(width, height)
+        x, y = ((extent - self.tile_size) // 2 / scale for extent in resized)
+        return x, y, x + min(width, height), y + min(width, height)
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        """Return the size of an image whose short side is resized to the tile."""
+        short, long = sorted((width, height))
+        if long > MOST_NARROW * short:
+            raise ValueError(f"an image of {width} x {height} pixels is too narrow for the middle square of it")
+        extent = int(self.tile_size * long / short)
+        return (self.tile_size, extent) if width <= height else (extent, self.tile_size)
+
+    def cut(self, image: Image.Image) -> tuple[np.ndarray, TileGrid]:
+        """Cut an RGB image into tiles: uint8 (T, 3, tile_size, tile_size), thumbnail last, and their grid."""
+        grid, size = self.grid(*image.size), self.tile_size
+        if self.fit == "pad":
+            side = max(image.size)
+            square = Image.new("RGB", (side, side), self.padding)
+            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+            image = square
+        elif self.fit == "crop":
+            image = image.resize(self._resized(*image.size), Image.Resampling.BICUBIC)
+            x, y = ((extent - size) // 2 for extent in image.size)
+            image = image.crop((x, y, x + size, y + size))
+        canvas = np.asarray(image.resize((size * grid.columns, size * grid.rows), Image.Resampling.BICUBIC))
+        cells = canvas.reshape(grid.rows, size, grid.columns, size, 3)
+        tiles = cells.transpose(0, 2, 4, 1, 3).reshape(-1, 3, size, size)
+        if grid.thumbnail:
+            small = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+            tiles = np.concatenate([tiles, small[None]])
+        return np.ascontiguousarray(tiles), grid
+
 
 def cut_tiles(image: Image.Image, rule: TileRule, max_tiles: int | None = None) -> tuple[np.ndarray, TileGrid]:
-    """Cut an image into tiles.
+    """Cut an image into tiles, as it is stored: a rotation noted in its EXIF data is not applied.
 
     Args:
-        image: any PIL image; it is converted to RGB.
+        image: any PIL image; it is converted to RGB as the original codes do, except that 16-bit greys are scaled to
+            8 bits (PIL would clip them, which whitens the picture).
         rule: the family's rule.
         max_tiles: a lower limit on the tiles than the rule's, e.g. to fit a length budget.
 
@@ -127,12 +199,7 @@ def cut_tiles(image: Image.Image, rule: TileRule, max_tiles: int | None = None) 
         uint8 pixels (T, 3, tile_size, tile_size), thumbnail last, and the grid.
     """
     if max_tiles is not None:
-        rule = TileRule(rule.tile_size, rule.tokens_per_side, min(rule.min_tiles, max_tiles), max_tiles, rule.thumbnail)
-    image = image.convert("RGB")
-    grid, size = rule.grid(*image.size), rule.tile_size
-    canvas = np.asarray(image.resize((size * grid.columns, size * grid.rows), Image.Resampling.BICUBIC))
-    tiles = canvas.reshape(grid.rows, size, grid.columns, size, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, size, size)
-    if grid.thumbnail:
-        small = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-        tiles = np.concatenate([tiles, small[None]])
-    return np.ascontiguousarray(tiles), grid
+        rule = replace(rule, min_tiles=min(rule.min_tiles, max_tiles), max_tiles=max_tiles)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
+    return rule.cut(image.convert("RGB"))

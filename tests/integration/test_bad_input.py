@@ -184,7 +184,7 @@ def test_a_mistyped_key_of_the_manifest(case: Case):
 
 def test_a_base_that_is_not_there(case: Case):
     case.config["model"]["init_args"]["guide"]["init_args"]["base"] = "models/gone"
-    case.fails(2, "no model of the InternVL family at 'models/gone'", "give a local folder")
+    case.fails(2, "no model at 'models/gone'", "hf download models/gone")
 
 
 def test_two_bases_that_tile_differently(case: Case):

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from pgp_lightning.data.collate import Batch
 from pgp_lightning.data.module import InstructionData
 from pgp_lightning.errors import ConfigError, DataError
-from pgp_lightning.vlm import internvl
+from pgp_lightning.vlm import loading
 
 MANIFEST = """
 name: tiny
@@ -55,7 +55,7 @@ class Recorder(pl.LightningModule):
 @pytest.fixture
 def manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A manifest whose shards are built on first use, and a processor without a model."""
-    monkeypatch.setattr(internvl, "load_processor", lambda base: WordProcessor())
+    monkeypatch.setattr(loading, "load_processor", lambda base: WordProcessor())
     file = tmp_path / "tiny.yaml"
     file.write_text(MANIFEST.format(root=tmp_path / "data"))
     return str(file)

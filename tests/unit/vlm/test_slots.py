@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pgp_lightning.vlm.internvl import PromptIds
+from pgp_lightning.vlm.processor import PromptIds
 from pgp_lightning.vlm.slots import Slots, lay_out
 
 CPU = torch.device("cpu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pgp_lightning.vlm.internvl import InternVL
+from pgp_lightning.vlm.llava import Llava
 from pgp_lightning.vlm.tiles import TileGrid, TileRule, cut_tiles
-from tests.tiny import GOLDEN, golden
+from tests.tiny import GOLDEN, golden, golden_object
 
 GRIDS = st.builds(TileGrid, st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.booleans())
 
@@ -45,25 +46,81 @@ def test_grid_on_exact_ties_equals_the_slow_twin(size: tuple[int, int]):
         assert (grid.columns, grid.rows) == slow_grid(rule, *size)
 
 
-@pytest.mark.parametrize(
-    "case", golden("tile_grids.json"), ids=lambda c: f"{c['width']}x{c['height']}-{c['max_tiles']}"
-)
-def test_grid_equals_the_original(case: dict[str, int]):
-    rule = TileRule(448, 16, case["min_tiles"], case["max_tiles"])
-    grid = rule.grid(case["width"], case["height"])
-    assert (grid.columns, grid.rows, grid.tiles) == (case["columns"], case["rows"], case["tiles"])
-    assert grid.tokens == case["tiles"] * 256
+GRID_ROWS = golden_object("internvl_preprocess/tile_grids.json")["rows"]
 
 
-def test_tiles_and_pixels_equal_the_original():
-    (case,) = golden("picture.json")
-    rule = TileRule(case["tile_size"], 2, 1, case["max_tiles"])
-    tiles, grid = cut_tiles(Image.open(GOLDEN / case["file"]), rule)
-    assert grid.tiles == len(tiles) == case["tiles"]
-    assert hashlib.sha256(tiles.tobytes()).hexdigest() == case["sha256"]
-    pixels = InternVL.normalise(torch.from_numpy(tiles)).flatten()
-    for index, value in case["pixels"]:
-        assert float(pixels[index]) == pytest.approx(value, abs=1e-6)
+@pytest.mark.parametrize("most", sorted({row[3] for row in GRID_ROWS}))
+def test_grids_equal_the_original(most: int):
+    rows = [row for row in GRID_ROWS if row[3] == most]
+    for width, height, least, _, columns, lines, tiles in rows:
+        grid = TileRule(448, 16, least, most).grid(width, height)
+        assert (grid.columns, grid.rows, grid.tiles) == (columns, lines, tiles), (width, height, least)
+        assert grid.tokens == tiles * 256 == len(grid.rectangles())
+
+
+@pytest.mark.parametrize("case", list(enumerate(golden("internvl_preprocess/pixels.json"))), ids=lambda c: c[1]["file"])
+def test_tiles_and_pixels_equal_the_original(case: tuple[int, dict[str, Any]]):
+    number, facts = case
+    expected = np.load(GOLDEN / "internvl_preprocess" / "pixels.npz")
+    rule = TileRule(facts["image_size"], 2, 1, facts["max_num"])
+    tiles, grid = cut_tiles(Image.open(GOLDEN / "internvl_preprocess" / facts["file"]), rule)
+    assert grid.tiles == facts["num_tiles"]
+    assert np.array_equal(tiles, expected[f"tiles_{number}"].transpose(0, 3, 1, 2))
+    pixels = InternVL.normalise(torch.from_numpy(tiles))
+    assert np.array_equal(pixels.numpy(), expected[f"pixel_values_{number}"])
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 5])
+def test_llava_pixels_equal_the_original(fit: str, number: int):
+    facts = golden_object("llava15/pixels.json")
+    expected = np.load(GOLDEN / "llava15" / "pixels.npz")[f"{'pad' if fit == 'pad' else 'center_crop'}_{number}"]
+    rule = TileRule(facts["resolution"], 6, 1, 1, thumbnail=False, fit=fit)  # type: ignore[arg-type]
+    tiles, grid = cut_tiles(Image.open(GOLDEN / "internvl_preprocess" / f"img_{number}.png"), rule)
+    assert grid.tokens == 36 and tiles.shape == (1, 3, 84, 84)
+    pixels = Llava.normalise(torch.from_numpy(tiles)).numpy()
+    # The original multiplies by 1 / 255 and this code divides: equal grey levels, pixels up to rounding.
+    grey = (expected * np.array(Llava.std)[:, None, None] + np.array(Llava.mean)[:, None, None]) * 255
+    assert np.array_equal(grey.round().astype(np.uint8).reshape(tiles.shape), tiles)
+    assert np.abs(pixels - expected.reshape(pixels.shape)).max() < 2e-6
+
+
+@given(st.integers(1, 90), st.integers(1, 90), st.sampled_from(["pad", "crop"]))
+def test_the_frame_is_what_a_square_tile_shows(width: int, height: int, fit: str):
+    if fit == "crop" and max(width, height) > 40 * min(width, height):
+        return
+    rule = TileRule(16, 4, 1, 1, thumbnail=False, fit=fit)  # type: ignore[arg-type]
+    left, top, right, bottom = rule.grid(width, height).frame
+    side = max(width, height) if fit == "pad" else min(width, height)
+    assert ((right - left) * width, (bottom - top) * height) == pytest.approx((side, side))
+    pixel = max(1.0, side / 16)  # of the image, or of the resized image
+    assert abs((left + right) / 2 * width - width / 2) <= pixel
+    assert abs((top + bottom) / 2 * height - height / 2) <= pixel
+    rectangles = rule.grid(width, height).rectangles()
+    assert rectangles[0, :2] == pytest.approx((left, top)) and rectangles[-1, 2:] == pytest.approx((right, bottom))
+
+
+def test_tokens_of_a_padded_image_lie_where_they_show():
+    # A white square in the right half of a wide picture: the tokens that see it have their rectangles there.
+    image = Image.new("RGB", (64, 32))
+    image.paste((255, 255, 255), (32, 0, 64, 32))
+    rule = TileRule(64, 8, 1, 1, thumbnail=False, fit="pad")
+    tiles, grid = cut_tiles(image, rule)
+    seen = tiles[0].reshape(3, 8, 8, 8, 8).min(axis=(0, 2, 4)) > 200
+    rectangles = grid.rectangles()[seen.ravel()]
+    assert len(rectangles) == 16
+    assert rectangles.min(axis=0)[:2] == pytest.approx((0.5, 0)) and rectangles.max(axis=0)[2:] == pytest.approx((1, 1))
+
+
+def test_a_sliver_is_not_blown_up():
+    with pytest.raises(ValueError, match="1 x 4000 pixels is too narrow"):
+        TileRule(336, 24, 1, 1, thumbnail=False, fit="crop").grid(1, 4000)
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop", "shrink"])
+def test_a_square_has_one_tile(fit: str):
+    with pytest.raises(ValueError, match="fit must be stretch, or pad or crop with one tile"):
+        TileRule(fit=fit)  # type: ignore[arg-type]
 
 
 def test_no_thumbnail_for_one_tile_or_a_rule_without():

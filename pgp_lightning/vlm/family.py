@@ -1,0 +1,175 @@
+"""What a family of vision-language models says of itself, and all that the rest of the package knows of a model.
+
+Guides, pruners, data and evaluation ask a `VLM` and its `Processor`; only the families' own files know transformers'
+module names. A family whose visual tokens are merged or whose positions have several axes overrides `visual_tokens`,
+its tile rule's grid and `positions`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pgp_lightning.errors import ConfigError
+from pgp_lightning.vlm.processor import ChatTemplate, Processor
+from pgp_lightning.vlm.tiles import TileRule
+
+__all__ = ["VLM", "Attention", "Facts", "check_pair", "choose_attention"]
+
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+
+
+class Facts(NamedTuple):
+    """What a checkpoint's own files say, the tokenizer apart."""
+
+    rule: TileRule
+    template: ChatTemplate
+    max_length: int
+
+
+class VLM(ABC):
+    """A model seen from outside: its parts by name, its processor, where it came from.
+
+    Args:
+        model: transformers' own model, unmodified.
+        processor: its processor.
+        base: where it came from.
+    """
+
+    family: ClassVar[str]
+    mean: ClassVar[tuple[float, float, float]]
+    std: ClassVar[tuple[float, float, float]]
+    # Full module paths: vision towers have projections of the same names and stay as they are.
+    adapter_targets: ClassVar[str] = (
+        r"(.*\.)?language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+    )
+
+    def __init__(self, model: Any, processor: Processor, base: str) -> None:  # noqa: ANN401 (transformers' classes)
+        self.model, self.processor, self.base = model, processor, base
+
+    @classmethod
+    @abstractmethod
+    def recognises(cls, config: Mapping[str, Any]) -> bool:
+        """Say whether a folder's `config.json` is of this family."""
+
+    @classmethod
+    @abstractmethod
+    def facts(cls, folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Facts:
+        """Read tile rule, chat format and length limit from a checkpoint's own files.
+
+        Raises:
+            ConfigError: if the checkpoint is of a kind that is not supported.
+        """
+
+    @classmethod
+    @abstractmethod
+    def load_model(
+        cls, folder: Path, config: Mapping[str, Any], processor: Processor, dtype: torch.dtype, attention: str
+    ) -> PreTrainedModel:
+        """Load the weights (safetensors only)."""
+
+    @abstractmethod
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Run vision tower and projector: normalised pixels (T, 3, S, S) to visual tokens (T, n, d)."""
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The language model without its head."""
+        decoder: nn.Module = self.model.model.language_model
+        return decoder
+
+    @property
+    def decoder_layers(self) -> nn.ModuleList:
+        """The language model's layers, first to last."""
+        layers: nn.ModuleList = self.model.model.language_model.layers
+        return layers
+
+    @property
+    def head(self) -> nn.Module:
+        """What turns hidden states into logits."""
+        head: nn.Module = self.model.lm_head
+        return head
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        """The vision tower without the projector."""
+        tower: nn.Module = self.model.model.vision_tower
+        return tower
+
+    @property
+    @abstractmethod
+    def vision_layers(self) -> nn.ModuleList:
+        """The vision tower's layers, first to last."""
+
+    @property
+    def width(self) -> int:
+        """Hidden size d of the language model."""
+        return int(self.model.get_input_embeddings().get_parameter("weight").shape[1])
+
+    def visual_slots(self, ids: Tensor) -> Tensor:
+        """Return which prompt slots hold visual tokens: int64 ids (B, N) to bool (B, N)."""
+        return ids == self.processor.context_id
+
+    def visual_tokens(self, tiles: Tensor) -> Tensor:
+        """Encode and project tiles: uint8 (T, 3, S, S) to visual tokens (T, n, d) in the model's dtype."""
+        return self.encode(self.normalise(tiles, self.model.dtype))
+
+    @classmethod
+    def normalise(cls, tiles: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Turn uint8 tiles (T, 3, S, S) into the pixels the vision tower was trained on, on the tiles' device."""
+        mean = torch.tensor(cls.mean, device=tiles.device).view(3, 1, 1)
+        std = torch.tensor(cls.std, device=tiles.device).view(3, 1, 1)
+        return ((tiles.to(torch.float32) / 255 - mean) / std).to(dtype)
+
+
+def choose_attention(wanted: Attention, dtype: torch.dtype) -> str:
+    """Return the attention implementation to ask transformers for.
+
+    `auto` is flash-attn where it is installed and usable (a CUDA device of compute capability 8 or more, half
+    precision), else torch's own scaled dot product attention.
+
+    Raises:
+        ConfigError: if flash attention is asked for and cannot run here.
+    """
+    reasons = []
+    if find_spec("flash_attn") is None:
+        reasons.append("flash-attn is not installed (pip install 'pgp-lightning[flash]')")
+    if not torch.cuda.is_available():
+        reasons.append("there is no CUDA device")
+    elif torch.cuda.get_device_capability() < (8, 0):
+        reasons.append("the device is older than compute capability 8.0")
+    if dtype not in (torch.bfloat16, torch.float16):
+        reasons.append(f"dtype is {str(dtype).removeprefix('torch.')}, not bfloat16")
+    if wanted == "auto":
+        return "sdpa" if reasons else "flash_attention_2"
+    if wanted == "flash_attention_2" and reasons:
+        raise ConfigError(f"attention: flash_attention_2 cannot run here: {'; '.join(reasons)}; use auto or sdpa")
+    return wanted
+
+
+def check_pair(guide: Processor, answer_model: Processor) -> None:
+    """Check that a guide's scores can be laid on an answer model's visual tokens: same tiles, same grid, same order.
+
+    Tokenizers, chat formats, vision towers and widths may differ.
+
+    Raises:
+        ConfigError: names what differs.
+    """
+    ours, theirs = guide.rule, answer_model.rule
+    differ = [
+        f"{name} is {getattr(ours, name)!r} for the guide and {getattr(theirs, name)!r} for the answer model"
+        for name in ("tile_size", "tokens_per_side", "fit", "thumbnail", "min_tiles", "max_tiles", "padding")
+        if getattr(ours, name) != getattr(theirs, name) and (name != "padding" or ours.fit == theirs.fit == "pad")
+    ]
+    if differ:
+        raise ConfigError(
+            f"guide and answer model do not share their visual tokens: {'; '.join(differ)}; "
+            "pair models of one family, and give both the same tile limits"
+        )

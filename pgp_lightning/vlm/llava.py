@@ -1,0 +1,92 @@
+"""The LLaVA-1.5 family, in transformers' layout (`llava-hf/llava-1.5-7b-hf`, `bczhou/tiny-llava-v1-hf`, ...)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration, PreTrainedModel, PreTrainedTokenizerBase
+
+from pgp_lightning.errors import ConfigError
+from pgp_lightning.vlm.family import VLM, Facts
+from pgp_lightning.vlm.processor import ChatTemplate, Processor
+from pgp_lightning.vlm.tiles import TileRule
+
+__all__ = ["VICUNA", "Llava"]
+
+# The paper's conversation with its system sentence, which the chat template of converted checkpoints leaves out.
+VICUNA = ChatTemplate(
+    system="A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the user's questions.",
+    separator=" ",
+    user="USER: ",
+    assistant="ASSISTANT:",
+    begin="<s>",
+    system_open="",
+    image_open="",
+    image_close="",
+    context="<image>",
+    answer_open=" ",
+    stop="</s>",
+    between="",
+)
+
+
+class Llava(VLM):
+    """A model of the LLaVA-1.5 family: one tile, the image padded to a square."""
+
+    family = "llava"
+    # CLIP's pixel statistics.
+    mean = (0.48145466, 0.4578275, 0.40821073)
+    std = (0.26862954, 0.26130258, 0.27577711)
+
+    @classmethod
+    def recognises(cls, config: Mapping[str, Any]) -> bool:
+        """Say whether a folder's `config.json` is of this family; the original layout says `llava_llama`."""
+        return config.get("model_type") in ("llava", "llava_llama")
+
+    @classmethod
+    def facts(cls, folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Facts:
+        """Read tile rule, chat format and length limit from a checkpoint's own files.
+
+        Raises:
+            ConfigError: if it is in the original layout, or its visual tokens are not a raster of patches.
+        """
+        if config["model_type"] != "llava":
+            raise ConfigError(
+                f"{folder} is a LLaVA checkpoint in the original layout, which holds no vision tower; "
+                "use the converted one, e.g. llava-hf/llava-1.5-7b-hf"
+            )
+        vision, text = config["vision_config"], config["text_config"]
+        if vision.get("model_type") != "clip_vision_model":
+            raise ConfigError(f"{folder}: the vision tower must be CLIP, got {vision.get('model_type')!r}")
+        if config.get("vision_feature_select_strategy", "default") != "default":
+            raise ConfigError(f"{folder}: vision_feature_select_strategy must be 'default' (no class token)")
+        # transformers leaves out what equals its defaults, which are CLIP-B/32's.
+        size, patch = int(vision.get("image_size", 224)), int(vision.get("patch_size", 32))
+        rule = TileRule(size, size // patch, 1, 1, thumbnail=False, fit="pad")
+        return Facts(rule, VICUNA, int(text.get("max_position_embeddings", 2048)))
+
+    @classmethod
+    def load_model(
+        cls, folder: Path, config: Mapping[str, Any], processor: Processor, dtype: torch.dtype, attention: str
+    ) -> PreTrainedModel:
+        """Load the weights (safetensors only)."""
+        return LlavaForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention, use_safetensors=True
+        )
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Run vision tower and projector: normalised pixels (T, 3, S, S) to visual tokens (T, n, d)."""
+        features: list[Tensor] = self.model.get_image_features(pixel_values=pixels).pooler_output
+        return torch.stack(list(features))
+
+    @property
+    def vision_layers(self) -> nn.ModuleList:
+        """The vision tower's layers, first to last; the projector reads the last but one."""
+        tower: Any = self.vision_tower
+        layers: nn.ModuleList = getattr(tower, "vision_model", tower).encoder.layers
+        return layers

@@ -1,0 +1,225 @@
+"""From the name of a base to a model: the package's own, a local folder, or a repository on the hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from pgp_lightning.errors import ConfigError
+from pgp_lightning.vlm.conversion import convert_checkpoint
+from pgp_lightning.vlm.family import VLM, Attention, choose_attention
+from pgp_lightning.vlm.internvl import InternVL
+from pgp_lightning.vlm.llava import Llava
+from pgp_lightning.vlm.original_config import convert_config, image_token_id, is_original
+from pgp_lightning.vlm.processor import Processor, read_side_car, write_side_car
+
+__all__ = ["convert_base", "family_of", "load_processor", "load_tokenizer", "load_vlm", "read_config", "resolve_base"]
+
+FAMILIES: tuple[type[VLM], ...] = (InternVL, Llava)
+# Weights without pickle, and no code.
+_WANTED = ["*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt", "*.jinja"]
+_REPOSITORY = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?")
+
+
+def resolve_base(base: str, download: bool = True) -> Path:
+    """Return the folder of a model, which is downloaded if it is a repository that is not in the cache yet.
+
+    Args:
+        base: `embedded:NAME` for one of the package's own, a local folder, or `OWNER/NAME`, optionally `@REVISION`.
+        download: whether a repository may be downloaded, or has to be in the cache.
+
+    Raises:
+        ConfigError: if there is no such model.
+    """
+    if base.startswith("embedded:"):
+        folder = Path(__file__).parents[1] / "embedded" / "models" / base.removeprefix("embedded:")
+        if not folder.is_dir():
+            known = ", ".join(sorted(f"embedded:{p.name}" for p in folder.parent.glob("*") if p.is_dir()))
+            raise ConfigError(f"no model at {base!r}: the package holds {known or 'none'}")
+        return folder
+    folder = Path(base).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists() or not _REPOSITORY.fullmatch(base):
+        raise ConfigError(
+            f"no model at {base!r}: give a local folder that holds config.json and safetensors, "
+            "embedded:NAME, or a repository OWNER/NAME"
+        )
+    return _download(base, download)
+
+
+def _download(base: str, download: bool) -> Path:
+    name, _, revision = base.partition("@")
+    for local in (True, False)[: 1 + download]:
+        try:
+            found = snapshot_download(
+                name, revision=revision or None, allow_patterns=_WANTED, local_files_only=local, max_workers=4
+            )
+        except Exception as error:  # the library raises its own, requests', and OSError
+            reason = " ".join(str(error).split())[:200]
+            continue
+        # An interrupted download leaves a folder without weights.
+        if any(Path(found).glob("*.safetensors")):
+            return Path(found)
+        reason = "it holds no safetensors"
+    raise ConfigError(
+        f"no model at {base!r}: there is no such folder, and it is neither in the hub's cache nor can it be downloaded "
+        f"({reason}); on a machine with a network run `hf download {name}` and copy the folder, then give its path"
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a folder's `config.json` as it is, without transformers, which would want remote code for some.
+
+    Raises:
+        ConfigError: if it is no JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} must be a model's configuration: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} must hold an object, got {type(config).__name__}")
+    return config
+
+
+def family_of(config: Mapping[str, Any], folder: Path) -> type[VLM]:
+    """Return the family of a checkpoint.
+
+    Raises:
+        ConfigError: if it is none that is supported.
+    """
+    for family in FAMILIES:
+        if family.recognises(config):
+            return family
+    names = " and ".join(family.__name__ for family in FAMILIES)
+    raise ConfigError(f"{folder} is of model_type {config.get('model_type')!r}; supported are {names}")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load a checkpoint's tokenizer without remote code.
+
+    Raises:
+        ConfigError: if there is none, or sentencepiece is missing and needed.
+    """
+    if not _has_tokenizer(folder):
+        wanted = "tokenizer.json, tokenizer.model, or vocab.json and merges.txt"
+        raise ConfigError(f"{folder} holds no tokenizer: expected {wanted}")
+    if (folder / "tokenizer.json").is_file():
+        fast: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(folder)
+        return fast
+    if (folder / "tokenizer.model").is_file():
+        return _sentencepiece(folder)
+    bpe: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return bpe
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    names = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+    return any(all((folder / name).is_file() for name in one) for one in names)
+
+
+def _sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the sentencepiece tokenizer of InternLM2 (its own class is remote code) or Llama."""
+    missing = [name for name in ("sentencepiece", "google.protobuf") if not _installed(name)]
+    if missing:
+        raise ConfigError(
+            f"the tokenizer of {folder} needs {' and '.join(missing)}: pip install 'pgp-lightning[sentencepiece]'"
+        )
+    config = folder / "tokenizer_config.json"
+    facts = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    # With the defaults every InternLM2 sequence would begin with a space and without <s>.
+    internlm2 = "InternLM2" in str(facts.get("tokenizer_class", ""))
+    options: dict[str, Any] = {"add_prefix_space": False, "legacy": False, "add_bos_token": True, "pad_token": "</s>"}
+    tokenizer: PreTrainedTokenizerBase = LlamaTokenizer.from_pretrained(folder, **(options if internlm2 else {}))
+    return tokenizer
+
+
+def _installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
+
+
+def load_processor(base: str) -> Processor:
+    """Load tokenizer, tile rule and chat format of a model (no weights; cheap enough for data workers).
+
+    Raises:
+        ConfigError: if there is no such model, or it is of a kind that is not supported.
+    """
+    folder = resolve_base(base)
+    config = read_config(folder)
+    family = family_of(config, folder)
+    tokenizer = load_tokenizer(folder)
+    side_car = read_side_car(folder)
+    if side_car is None:
+        facts = family.facts(folder, config, tokenizer)
+        processor = Processor(tokenizer, *facts, family.family)
+    elif side_car["family"] == family.family:
+        processor = Processor(tokenizer, **side_car)
+    else:
+        raise ConfigError(f"{folder / 'vlm.json'} must say family {family.family!r}, got {side_car['family']!r}")
+    # A tokenizer of another model is found out here, not as an index error in the middle of training.
+    _ = processor.context_id, processor.stop_id
+    return processor
+
+
+def load_vlm(base: str, dtype: torch.dtype = torch.float32, attention: Attention = "auto") -> VLM:
+    """Load a model and its processor.
+
+    Args:
+        base: what `resolve_base` takes.
+        dtype: of the weights.
+        attention: implementation of transformers; `auto` is flash-attn where it can run, else sdpa.
+
+    Raises:
+        ConfigError: if there is no such model, it is of a kind that is not supported, or it does not fit its tokenizer.
+    """
+    processor = load_processor(base)
+    folder = resolve_base(base)
+    config = read_config(folder)
+    family = family_of(config, folder)
+    model = family.load_model(folder, config, processor, dtype, choose_attention(attention, dtype))
+    vlm = family(model, processor, base)
+    known = int(model.get_input_embeddings().get_parameter("weight").shape[0])
+    if processor.context_id >= known:
+        raise ConfigError(f"{base!r}: {processor.template.context} has id {processor.context_id} of {known} embeddings")
+    return vlm
+
+
+def convert_base(source: str, target: Path, context_id: int | None = None) -> None:
+    """Rewrite a checkpoint in the original InternVL layout as one that transformers loads by itself.
+
+    Args:
+        source: what `resolve_base` takes.
+        target: a folder that does not exist yet; what is there afterwards is complete and verified.
+        context_id: id of <IMG_CONTEXT>; by default the tokenizer's, or without one what the vocabulary's size says.
+
+    Raises:
+        ConfigError: if the source is in another layout, or of a kind that is not supported.
+    """
+    folder = resolve_base(source)
+    config = read_config(folder)
+    if not is_original(config):
+        raise ConfigError(f"{folder} is in transformers' layout already: use it as it is")
+    tokenizer = load_tokenizer(folder) if _has_tokenizer(folder) else None
+    facts = InternVL.facts(folder, config, tokenizer)
+    found = image_token_id(config, tokenizer) if context_id is None else context_id
+    stop = None if tokenizer is None else Processor(tokenizer, *facts).stop_id
+
+    def write_extras(part: Path) -> None:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+        write_side_car(part, InternVL.family, *facts)
+
+    convert_checkpoint(folder, target, convert_config(config, found), stop_id=stop, write_extras=write_extras)

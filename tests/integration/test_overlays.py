@@ -1,0 +1,95 @@
+"""The overlays of real models over the default configuration, with tiny checkpoints in the place of the models."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pgp_lightning.guides.posterior import PosteriorGuide
+from pgp_lightning.tools import main as pgp
+from tests.integration.small_run import ROOT, write_manifest
+from tests.tiny import GOLDEN
+
+OVERLAYS = ROOT / "configs" / "overlays"
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("manifest")
+    path = write_manifest(folder, folder / "data")
+    assert pgp(["shards", "build", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def original_base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An original-layout checkpoint with its tokenizer, as a download has them."""
+    folder = tmp_path_factory.mktemp("original")
+    for source in (GOLDEN / "internvl_qwen2", GOLDEN / "internvl_tokenizers" / "qwen"):
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("overlay", "fixture"), [("internvl2_5_1b", "original_base"), ("llava_1_5", "llava_base")])
+def test_an_overlay_trains_and_exports(
+    overlay: str, fixture: str, manifest: Path, tmp_path: Path, request: pytest.FixtureRequest
+):
+    base, root = request.getfixturevalue(fixture), tmp_path / "run"
+    written = yaml.safe_load((OVERLAYS / f"{overlay}.yaml").read_text())
+    settings = {
+        # What stands for the model and the mixture of the overlay,
+        "model.init_args.guide.init_args.base": base,
+        "data.init_args.base": base,
+        "data.init_args.manifest": manifest,
+        # and what makes the run short. The accumulation stays the overlay's.
+        "data.init_args.batch_size": 1,
+        "data.init_args.val_batch_size": 2,
+        "data.init_args.limit_val_records": 2,
+        "data.init_args.workers": 0,
+        "data.init_args.lanes": 4,
+        "trainer.accelerator": "cpu",
+        "trainer.max_steps": 2,
+        "trainer.val_check_interval": 22,
+        "trainer.log_every_n_steps": 1,
+        "trainer.enable_progress_bar": "false",
+        "trainer.default_root_dir": root,
+    }
+    program = [sys.executable, "-m", "pgp_lightning", "fit", "--config", "configs/pgp.yaml"]
+    program += ["--config", str(OVERLAYS / f"{overlay}.yaml")]
+    program += [f"--{key}={value}" for key, value in settings.items()]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "stopped after 2 optimiser steps" in done.stdout
+    used = yaml.safe_load((root / "config.yaml").read_text())
+    assert used["trainer"]["accumulate_grad_batches"] == written["trainer"]["accumulate_grad_batches"] == 11
+    assert used["model"]["init_args"]["guide"]["init_args"]["dtype"] == "bfloat16"
+    checkpoint = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+    weights = checkpoint["state_dict"]
+    assert checkpoint["global_step"] == 2 and weights
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    # Both factors of the adapter moved away from where they start: the second one is zero there.
+    assert all(value.any() for name, value in weights.items() if "lora_B" in name)
+    assert pgp(["export", str(root), str(tmp_path / "guide"), "--verify"]) == 0
+    guide = PosteriorGuide.from_pretrained(tmp_path / "guide")
+    assert guide.vlm.family == ("llava" if overlay == "llava_1_5" else "internvl") and guide.vlm.base == base
+
+
+@pytest.mark.parametrize("overlay", ["internvl2_5_1b", "llava_1_5"])
+def test_the_doctor_says_what_an_overlay_lacks(
+    overlay: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    configs = ["--config", "configs/pgp.yaml", "--config", str(OVERLAYS / f"{overlay}.yaml")]
+    assert pgp(["doctor", *configs]) == 1
+    base = yaml.safe_load((OVERLAYS / f"{overlay}.yaml").read_text())["data"]["init_args"]["base"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fail")]
+    assert any(base in line and f"hf download {base}" in line for line in lines), lines
