@@ -25,11 +25,11 @@ from pgp_lightning.embedded.probe import probe_recall
 from pgp_lightning.embedded.stages import run_stage, step_rng
 from pgp_lightning.embedded.tower import train_tower
 from pgp_lightning.embedded.world import TYPES, WORLD_VERSION
-from pgp_lightning.vlm.internvl import Processor
+from pgp_lightning.vlm.processor import Processor
 
 __all__ = ["main"]
 
-TOWER_STEPS = 3500
+TOWER_STEPS = 7000
 SCENES, HELD_OUT = 6000, 512
 _UNIFORM = -1.0  # a keep ratio drawn from U(0.05, 1) at every step
 
@@ -43,12 +43,14 @@ class Phase:
         keep: share of visual tokens that stay.
         turns: questions of a row at most.
         hard: how much likelier the types of `HARD` are drawn, which look up by glyph or by form.
+        scenes: how many scenes it reads.
     """
 
     until: float
     keep: float
     turns: int
     hard: float = 1.0
+    scenes: int = SCENES
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Recipe:
         blind: share of those in which the answer cannot see the question.
         phases: the curriculum of dropped tokens.
         alignment: weight of the alignment loss, falling to a tenth over the first half.
-        scenes: how many scenes it reads.
+        ships: the package's model that it leaves; None if it is only where the next stage starts.
     """
 
     steps: int
@@ -71,12 +73,17 @@ class Recipe:
     blind: float
     phases: tuple[Phase, ...]
     alignment: float
-    scenes: int = SCENES
+    ships: str | None = None
 
 
 _CURRICULUM = (Phase(0.2, 0.1, 4), Phase(0.55, 0.3, 8), Phase(1.0, _UNIFORM, 8))
-# Few questions mean few distractors: lookups are learnt among three objects first, and among all of them later.
-_ANSWER_CURRICULUM = (Phase(0.18, 0.1, 3), Phase(0.58, 0.3, 8), Phase(1.0, _UNIFORM, 8))
+# Lookups are learnt among few objects, with few distractors and on few scenes first, and among all of them later.
+_ANSWER_CURRICULUM = (Phase(0.22, 0.1, 3, scenes=1500), Phase(0.6, 0.3, 8), Phase(1.0, _UNIFORM, 8))
+_LOOKUP_CURRICULUM = (
+    Phase(0.35, 0.1, 3, hard=4.0, scenes=1500),
+    Phase(0.75, 0.3, 8, hard=3.0),
+    Phase(1.0, _UNIFORM, 8, hard=2.0),
+)
 _BLIND_CURRICULUM = (
     Phase(0.3, 0.1, 4, hard=3.0),
     Phase(0.8, 0.3, 8, hard=3.0),
@@ -84,10 +91,15 @@ _BLIND_CURRICULUM = (
 )
 HARD = ("color_of_char", "bar")  # the types that look up by glyph
 RECIPES = {
-    "answer_model": {"answer_model": Recipe(3000, 2e-3, 0.0, 0.0, _ANSWER_CURRICULUM, 0.3, scenes=4000)},
+    "answer_model": {
+        "answer_model": Recipe(4500, 2e-3, 0.0, 0.0, _ANSWER_CURRICULUM, 0.3),
+        "answer_model_lookups": Recipe(3000, 1.5e-3, 0.0, 0.0, _LOOKUP_CURRICULUM, 0.1, ships="answer_model"),
+    },
     "guide": {
-        "guide_before_question_blind": Recipe(3000, 2e-3, 0.25, 0.0, _CURRICULUM, 0.3),
-        "guide": Recipe(3500, 1.5e-3, 0.75, 0.7, _BLIND_CURRICULUM, 0.03),
+        "guide_before_question_blind": Recipe(
+            3000, 2e-3, 0.25, 0.0, _CURRICULUM, 0.3, ships="guide_before_question_blind"
+        ),
+        "guide": Recipe(3500, 1.5e-3, 0.75, 0.7, _BLIND_CURRICULUM, 0.03, ships="guide"),
     },
 }
 
@@ -118,7 +130,7 @@ def train_language(
         size = int(16 * min(4.0, keep**-0.6)) if question_first else int(16 * (8 / turns) ** 0.5)
         rows = make_rows(
             corpus,
-            rng.integers(0, min(recipe.scenes, len(corpus)), size),
+            rng.integers(0, min(phase.scenes, len(corpus)), size),
             processor,
             rng,
             order="question_first" if question_first else "image_first",
@@ -192,8 +204,10 @@ def main(arguments: list[str] | None = None) -> None:
         for stage, recipe in stages.items():
             if given.steps:
                 recipe = Recipe(**{**vars(recipe), "steps": given.steps})
-            target = models / stage
             trained = train_language(stage, recipe, answerer, corpora, processor, given.folder, given.seed)
+            if recipe.ships is None:
+                continue
+            target = models / recipe.ships
             if not trained and (target / "report.json").exists():
                 continue
             figures = measure(answerer, processor, given.folder, towered, min(given.scenes, 1000), name == "guide")
@@ -202,7 +216,7 @@ def main(arguments: list[str] | None = None) -> None:
             model.save_pretrained(target)
             processor.save(target)
             (target / "report.json").write_text(json.dumps(figures, indent=2) + "\n")
-            print(f"{stage} written to {target}: {json.dumps(figures)}")
+            print(f"{recipe.ships} written to {target}: {json.dumps(figures)}")
 
 
 def measure(

@@ -12,7 +12,7 @@ from transformers import InternVLForConditionalGeneration
 
 from pgp_lightning.embedded.tower import scene_tiles, shuffled_features
 from pgp_lightning.embedded.world import GRID, TYPES, draw_scene
-from pgp_lightning.vlm.internvl import Processor
+from pgp_lightning.vlm.processor import Processor
 
 __all__ = ["Corpus", "Item", "pick"]
 

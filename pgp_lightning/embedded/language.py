@@ -18,7 +18,7 @@ from transformers import InternVLForConditionalGeneration
 from pgp_lightning.embedded.corpus import Corpus, Item, pick
 from pgp_lightning.embedded.glyphs import GLYPHS
 from pgp_lightning.embedded.world import COLOUR_NAMES, GRID, HEIGHTS, SHAPES, TYPES
-from pgp_lightning.vlm.internvl import Processor, PromptOrder
+from pgp_lightning.vlm.processor import Processor, PromptOrder
 
 __all__ = ["Answerer", "Rows", "accuracy", "make_rows"]
 

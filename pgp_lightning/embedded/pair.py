@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from pgp_lightning.embedded.world import RULE, WORDS
-from pgp_lightning.vlm.internvl import ChatTemplate, Processor
+from pgp_lightning.vlm.processor import ChatTemplate, Processor
 
 __all__ = ["build_model", "build_processor"]
 
@@ -33,7 +33,10 @@ LANGUAGE: dict[str, dict[str, Any]] = {
 # The answer model reads the picture before the question. On the family's own chat format, which puts three tokens
 # between the question's last word and the answer, it did not learn in 3,000 steps to look anything up by glyph. With
 # one token between, fewer scenes and fewer turns at first, it did; which of the three matters was not told apart.
-TEMPLATES = {"guide": ChatTemplate(), "answer_model": ChatTemplate(separator="", user="", assistant="<|im_start|>")}
+TEMPLATES = {
+    "guide": ChatTemplate(),
+    "answer_model": ChatTemplate(separator="", user="", assistant="<|im_start|>", between=""),
+}
 
 
 def build_processor(name: str) -> Processor:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from pgp_lightning.embedded.corpus import Corpus, pick
 from pgp_lightning.embedded.language import Answerer, make_rows
 from pgp_lightning.selection import recall
-from pgp_lightning.vlm.internvl import Processor
+from pgp_lightning.vlm.processor import Processor
 
 __all__ = ["probe_recall"]
 

@@ -20,6 +20,8 @@ __all__ = ["scene_tiles", "shuffled_features", "train_tower"]
 
 # Classes of the three labels, "nothing" included.
 _CLASSES = (9, 14, 21)
+_FORMS = 7  # labels of shapes and signs; a bar's height follows
+_BAR_WEIGHT = 3.0
 
 
 def scene_tiles(scene: Scene) -> Tensor:
@@ -56,13 +58,15 @@ def train_tower(
         # Scenes of this stage are numbered through, so none is seen twice.
         numbers = range(step * scenes_per_step, (step + 1) * scenes_per_step)
         scenes = [
-            Scene(np.random.default_rng([WORLD_VERSION, SPLITS["tower"], i]), crowded=i % 2 == 0) for i in numbers
+            Scene(np.random.default_rng([WORLD_VERSION, SPLITS["tower"], i]), crowded=i % 4 != 0) for i in numbers
         ]
         tiles = torch.cat([scene_tiles(scene) for scene in scenes])
         labels = torch.from_numpy(np.concatenate([scene.token_labels() for scene in scenes]))
         with torch.autocast("cpu", torch.bfloat16):
             hidden = namer.trunk(shuffled_features(model, tiles)).flatten(0, 1)
-        weight = torch.where(labels.any(dim=1), 1.0, 0.1)
+        # A bar's height is the one label that no token sees by itself: the letter below the bar has to look up.
+        bar = labels[:, 1] > _FORMS
+        weight = torch.where(labels.any(dim=1), 1.0, 0.1) + _BAR_WEIGHT * bar
         weight = weight / weight.sum()
         total, figures = torch.zeros(()), {}
         thumbnail = torch.arange(len(labels)) % 320 >= 256
@@ -72,6 +76,8 @@ def train_tower(
             hit = (logits.argmax(-1) == target).float()
             figures[name] = hit[(target > 0) & ~thumbnail].mean().item()
             figures[f"{name}_thumbnail"] = hit[(target > 0) & thumbnail].mean().item()
+            if name == "form":
+                figures["height"] = hit[bar & ~thumbnail].mean().item()
         return total, {"loss": total.item(), **figures}
 
     run_stage("tower", folder, namer, loss, steps=steps, learning_rate=2e-3, seed=seed)

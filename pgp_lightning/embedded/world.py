@@ -114,7 +114,8 @@ class Scene:
         self.labels = np.zeros((3, CANVAS, CANVAS), dtype=np.int8)
         self.entities: list[_Entity] = []
         free = [(row, column) for row in range(4) for column in range(4)]
-        if rng.random() < 0.5:
+        # Four bars are the only sight of six heights; crowded scenes, which only train the tower, have more of them.
+        for _ in range(int(rng.integers(1, 5)) if crowded else int(rng.random() < 0.5)):
             self._draw_chart(rng, free)
         for colour in rng.choice(len(COLOURS), int(rng.integers(1, 3)), replace=False):
             self._draw_sign(rng, free, int(colour))
@@ -151,6 +152,8 @@ class Scene:
 
     def _draw_chart(self, rng: np.random.Generator, free: list[tuple[int, int]]) -> None:
         row, column = int(rng.integers(4)), 2 * int(rng.integers(2))
+        if (row, column) not in free:
+            return
         free.remove((row, column))
         free.remove((row, column + 1))
         top, left = row * CELL, column * CELL

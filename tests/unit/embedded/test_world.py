@@ -219,8 +219,16 @@ def test_scenes_are_functions_of_their_place():
     again = draw_scene("train", 3)
     assert np.array_equal(again.image, SCENES[3].image) and again.questions == SCENES[3].questions
     assert np.array_equal(again.owner, SCENES[3].owner) and again.entities == SCENES[3].entities
-    crowded = draw_scene("train", 3, crowded=True)
-    assert sum(e.kind == "object" for e in crowded.entities) > 8
+
+
+def test_crowded_scenes_have_no_free_cell_and_several_charts():
+    charts = set()
+    for index in range(12):
+        kinds = Counter(e.kind for e in draw_scene("tower", index, crowded=True).entities)
+        # A chart of four bars takes two cells.
+        assert kinds["object"] + kinds["sign"] + kinds["bar"] // 2 == 16
+        charts.add(kinds["bar"] // 4)
+    assert charts >= {1, 2, 3}
 
 
 def test_no_scene_is_in_two_splits():
