@@ -19,6 +19,17 @@ from tests.tiny import GOLDEN, RULE, golden, tiny_processor
 CHATS = golden("internvl_prompts/chat_prompts.json")
 SAMPLES = golden("internvl_prompts/training_samples.json")
 VICUNA_CHATS = golden("llava15/vicuna_v1_prompts.json")
+# Known here, to see that the template can say it; models with it are refused for their language model.
+PHI3 = ChatTemplate(
+    TEMPLATES["Hermes-2"].system,
+    separator="<|end|>",
+    user="<|user|>\n",
+    assistant="<|assistant|>\n",
+    system_open="<|system|>\n",
+    stop="<|end|>",
+    between="",
+)
+EVERY = {**TEMPLATES, "phi3-chat": PHI3}
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
 
@@ -26,7 +37,7 @@ class Text:
     """A tokenizer whose tokens are characters and whose specials are single ids, to read a prompt back as text."""
 
     unk_token_id = None
-    specials = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<image>", "<s>", "</s>")
+    specials = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<image>", "<s>", "</s>", "<|end|>")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         for number, special in enumerate(self.specials):
@@ -56,9 +67,9 @@ def case_name(case: dict[str, Any]) -> str:
     return "-".join(str(case[key]) for key in ("tokenizer", "template", "case", "id") if key in case)
 
 
-@pytest.mark.parametrize("case", [c for c in CHATS if c["template"] in TEMPLATES], ids=case_name)
+@pytest.mark.parametrize("case", CHATS, ids=case_name)
 def test_a_chat_is_the_original_prompt(case: dict[str, Any]):
-    processor = reader(TEMPLATES[case["template"]])
+    processor = reader(EVERY[case["template"]])
     messages = []
     for question, answer in case["history"] or []:
         messages += [Message("user", question), Message("assistant", answer)]
@@ -77,7 +88,7 @@ def test_a_chat_is_the_original_prompt(case: dict[str, Any]):
 
 
 def test_every_generation_is_covered():
-    assert {case["template"] for case in CHATS} - {"phi3-chat"} == set(TEMPLATES)
+    assert {case["template"] for case in CHATS} == set(EVERY)
     assert {case["template"] for case in SAMPLES} == set(TEMPLATES)
 
 
