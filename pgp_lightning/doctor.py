@@ -232,7 +232,8 @@ def _on_the_hub(named: str, base: str) -> Finding | None:
         return None
     size = sum(file.size or 0 for file in info.siblings or [] if file.rfilename.endswith(".safetensors"))
     there, free = _free(Path(constants.HF_HUB_CACHE))
-    told = f"{named}: {size / GIB:.1f} GiB to download on first use (or now: `hf download {name}`)"
+    command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+    told = f"{named}: {size / GIB:.1f} GiB to download on first use (or now: `{command}`)"
     state: Literal["warn", "fail"] = "warn" if 0 < size < free * GIB else "fail"
     return Finding(state, "weights", f"{told}, {free:.1f} GiB free at {there}; nothing else of it could be examined")
 

@@ -7,6 +7,7 @@ A record that cannot be used raises `UnusableRecord` with a short stable reason,
 - `bad-record`: the JSON is missing or is no record;
 - `no-turns`: there is no question turn;
 - `empty-question`, `empty-answer`: a turn lacks its text;
+- `bad-text`: a text holds a placeholder of images, which models would take for one;
 - `bad-relevant`: `relevant` is no list of visual token indices of the image;
 - `too-long`: a turn does not fit the length budget even with a single tile.
 """
@@ -28,6 +29,8 @@ from pgp_lightning.vlm.tiles import TileGrid, TileRule, cut_tiles
 __all__ = ["Conversation", "ConversationReader", "Processor", "Turn", "UnusableRecord"]
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
+# An image is a field of the record; these would become slots of images that are not there.
+_PLACEHOLDERS = ("<image>", "<IMG_CONTEXT>")
 
 
 class Processor(Protocol):
@@ -115,7 +118,10 @@ class ConversationReader:
         record = _parse(raw)
         turns = tuple(_turn(raw.key, value) for value in _selected(raw.key, record, self.turns))
         image = self._open(raw.key, raw.image)
-        finest = _limited(self.processor.rule, self.max_tiles).grid(*image.size)
+        try:
+            finest = _limited(self.processor.rule, self.max_tiles).grid(*image.size)
+        except ValueError as error:
+            raise UnusableRecord("bad-image", f"{raw.key}: {error}") from error
         for turn in turns:
             if turn.relevant is not None and max(turn.relevant, default=0) >= record.get("tokens", finest.tokens):
                 raise UnusableRecord("bad-relevant", f"{raw.key}: an index exceeds the image's visual tokens")
@@ -193,6 +199,8 @@ def _turn(key: str, value: object) -> Turn:
         text = value.get(name)
         if not isinstance(text, str) or not text.strip():
             raise UnusableRecord(f"empty-{name}", f"{key}: expected a text, got {text!r}")
+        if found := next((mark for mark in _PLACEHOLDERS if mark in text), None):
+            raise UnusableRecord("bad-text", f"{key}: the {name} holds {found!r}")
         texts[name] = text
     relevant = value.get("relevant")
     if relevant is not None:

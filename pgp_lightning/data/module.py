@@ -25,7 +25,8 @@ class InstructionData(pl.LightningDataModule):
 
     Args:
         manifest: a YAML file that says what the data is, e.g. data_manifests/embedded.yaml.
-        base: the guide's base model, whose tiling and prompts the data is prepared for: `embedded:guide` or a folder.
+        base: the guide's base model, whose tiling and prompts the data is prepared for: `embedded:guide`, a
+            folder, or a repository on the hub.
         batch_size: records per micro-batch of one rank.
         val_batch_size: records per batch in validation and test; by default batch_size.
         turns: use the `first` question turn of a record, or `all`, which share the image.

@@ -200,10 +200,11 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         model, processor = build_model(name, given.seed), build_processor(name)
         model.model.vision_tower.load_state_dict(towered.model.vision_tower.state_dict())
-        answerer = Answerer(model, processor)
+        answerer, steps = Answerer(model, processor), 0
         for stage, recipe in stages.items():
             if given.steps:
                 recipe = Recipe(**{**vars(recipe), "steps": given.steps})
+            steps += recipe.steps
             trained = train_language(stage, recipe, answerer, corpora, processor, given.folder, given.seed)
             if recipe.ships is None:
                 continue
@@ -211,7 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
             if not trained and (target / "report.json").exists():
                 continue
             figures = measure(answerer, processor, given.folder, towered, min(given.scenes, 1000), name == "guide")
-            figures |= {"world": WORLD_VERSION, "seed": given.seed, "steps": recipe.steps}
+            figures |= {"world": WORLD_VERSION, "seed": given.seed, "steps": steps}
             shutil.rmtree(target, ignore_errors=True)
             model.save_pretrained(target)
             processor.save(target)

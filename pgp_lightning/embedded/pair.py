@@ -31,8 +31,7 @@ LANGUAGE: dict[str, dict[str, Any]] = {
     "answer_model": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 384},
 }
 # The answer model reads the picture before the question. On the family's own chat format, which puts three tokens
-# between the question's last word and the answer, it did not learn in 3,000 steps to look anything up by glyph. With
-# one token between, fewer scenes and fewer turns at first, it did; which of the three matters was not told apart.
+# between the question's last word and the answer, it learnt no lookup by glyph in 3,000 steps (docs/embedded.md).
 TEMPLATES = {
     "guide": ChatTemplate(),
     "answer_model": ChatTemplate(separator="", user="", assistant="<|im_start|>", between=""),

@@ -16,12 +16,13 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.vlm.processor import ChatTemplate, Processor
 from pgp_lightning.vlm.tiles import TileRule
 
-__all__ = ["VLM", "Attention", "Facts", "check_pair", "choose_attention"]
+__all__ = ["VLM", "Attention", "Facts", "check_pair", "choose_attention", "load_whole"]
 
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
@@ -129,11 +130,37 @@ class VLM(ABC):
         return ((tiles.to(torch.float32) / 255 - mean) / std).to(dtype)
 
 
+def load_whole(kind: type[PreTrainedModel], folder: Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """Load a checkpoint in transformers' layout, all of it and nothing else.
+
+    transformers itself draws random numbers for weights that a checkpoint lacks.
+
+    Raises:
+        ConfigError: if weights are missing, unknown, of another shape, or not in safetensors files.
+    """
+    load: Any = kind.from_pretrained  # whose types do not know that loading information comes with the model
+    try:
+        model, found = load(
+            folder, dtype=dtype, attn_implementation=attention, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ConfigError(f"{folder} does not load as {kind.__name__}: {reason}") from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if wrong := sorted(map(str, found[what])):
+            named = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+            raise ConfigError(
+                f"{folder} has {what.replace('_', ' ')}: {named}; copy or download the whole folder again"
+            )
+    whole: PreTrainedModel = model
+    return whole
+
+
 def choose_attention(wanted: Attention, dtype: torch.dtype) -> str:
     """Return the attention implementation to ask transformers for.
 
-    `auto` is flash-attn where it is installed and usable (a CUDA device of compute capability 8 or more, half
-    precision), else torch's own scaled dot product attention.
+    `auto` is flash-attn where transformers finds it usable, with a CUDA device of compute capability 8 or more and half
+    precision; else it is torch's own scaled dot product attention.
 
     Raises:
         ConfigError: if flash attention is asked for and cannot run here.
@@ -145,6 +172,8 @@ def choose_attention(wanted: Attention, dtype: torch.dtype) -> str:
         reasons.append("there is no CUDA device")
     elif torch.cuda.get_device_capability() < (8, 0):
         reasons.append("the device is older than compute capability 8.0")
+    elif not reasons and not is_flash_attn_2_available():
+        reasons.append("transformers finds the installed flash-attn too old or broken")
     if dtype not in (torch.bfloat16, torch.float16):
         reasons.append(f"dtype is {str(dtype).removeprefix('torch.')}, not bfloat16")
     if wanted == "auto":

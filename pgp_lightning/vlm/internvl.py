@@ -14,7 +14,7 @@ from transformers import InternVLForConditionalGeneration, PreTrainedModel, PreT
 
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.vlm.conversion import load_original
-from pgp_lightning.vlm.family import VLM, Facts
+from pgp_lightning.vlm.family import VLM, Facts, load_whole
 from pgp_lightning.vlm.original_config import convert_config, image_token_id, is_original
 from pgp_lightning.vlm.processor import ChatTemplate, Processor
 from pgp_lightning.vlm.tiles import TileRule
@@ -59,23 +59,25 @@ class InternVL(VLM):
             ConfigError: if the model is of a kind that is not supported.
         """
         if is_original(config):
-            convert_config(config, image_token_id(config, tokenizer))  # refuses by name what cannot be converted
-            name = config.get("template")
-            text, limits = config["llm_config"], config
-            size = config.get("force_image_size") or config["vision_config"]["image_size"]
-            patch = config["vision_config"].get("patch_size", 14)
-            least, most = int(limits.get("min_dynamic_patch", 1)), int(limits.get("max_dynamic_patch", 12))
-            thumbnail = bool(limits.get("use_thumbnail", True))
+            # Refuses by name what cannot be converted.
+            converted: Any = convert_config(config, image_token_id(config, tokenizer))
+            name, text = config.get("template"), config["llm_config"]
+            size, patch = converted.vision_config.image_size[0], converted.vision_config.patch_size[0]
+            # What the original's class takes a key to be that is not there.
+            least, most = config.get("min_dynamic_patch") or 1, config.get("max_dynamic_patch") or 6
+            thumbnail = bool(config.get("use_thumbnail", False))
+            if not config.get("dynamic_image_size", False):
+                least, most = 1, 1
         else:
-            name, text = "internvl2_5", config["text_config"]
-            size, patch = (_side(config["vision_config"][key]) for key in ("image_size", "patch_size"))
+            name, text, vision = "internvl2_5", config.get("text_config", {}), config.get("vision_config", {})
+            size, patch = _side(vision.get("image_size", 448)), _side(vision.get("patch_size", 14))
             preprocessing = folder / "preprocessor_config.json"
             values = json.loads(preprocessing.read_text(encoding="utf-8")) if preprocessing.is_file() else {}
-            least, most, thumbnail = int(values.get("min_patches", 1)), int(values.get("max_patches", 12)), True
+            least, most, thumbnail = values.get("min_patches") or 1, values.get("max_patches") or 12, True
         if name not in TEMPLATES:
             raise ConfigError(f"{folder} wants the chat format {name!r}; known are {', '.join(TEMPLATES)}")
         side = int(size // patch * config.get("downsample_ratio", 0.5))
-        rule = TileRule(int(size), side, least, most, thumbnail)
+        rule = TileRule(int(size), side, int(least), int(most), thumbnail)
         template = replace(TEMPLATES[name], begin=_begin(text, tokenizer))
         return Facts(rule, template, int(text.get("max_position_embeddings", 32768)))
 
@@ -87,9 +89,7 @@ class InternVL(VLM):
         if is_original(config):
             converted = convert_config(config, processor.context_id)
             return load_original(folder, converted, dtype, attention, stop_id=processor.stop_id)
-        return InternVLForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, use_safetensors=True
-        )
+        return load_whole(InternVLForConditionalGeneration, folder, dtype, attention)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Run vision tower and projector: normalised pixels (T, 3, S, S) to visual tokens (T, n, d)."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedModel, PreTrainedTokenizerBase
 
 from pgp_lightning.errors import ConfigError
-from pgp_lightning.vlm.family import VLM, Facts
+from pgp_lightning.vlm.family import VLM, Facts, load_whole
 from pgp_lightning.vlm.processor import ChatTemplate, Processor
 from pgp_lightning.vlm.tiles import TileRule
 
@@ -55,16 +55,17 @@ class Llava(VLM):
         Raises:
             ConfigError: if it is in the original layout, or its visual tokens are not a raster of patches.
         """
-        if config["model_type"] != "llava":
+        if config["model_type"] != "llava" or "vision_config" not in config:
             raise ConfigError(
                 f"{folder} is a LLaVA checkpoint in the original layout, which holds no vision tower; "
                 "use the converted one, e.g. llava-hf/llava-1.5-7b-hf"
             )
-        vision, text = config["vision_config"], config["text_config"]
+        vision, text = config["vision_config"], config.get("text_config", {})
         if vision.get("model_type") != "clip_vision_model":
             raise ConfigError(f"{folder}: the vision tower must be CLIP, got {vision.get('model_type')!r}")
-        if config.get("vision_feature_select_strategy", "default") != "default":
-            raise ConfigError(f"{folder}: vision_feature_select_strategy must be 'default' (no class token)")
+        for key, wanted in (("vision_feature_select_strategy", "default"), ("vision_feature_layer", -2)):
+            if config.get(key, wanted) != wanted:
+                raise ConfigError(f"{folder}: {key} must be {wanted!r} as in LLaVA-1.5, got {config[key]!r}")
         # transformers leaves out what equals its defaults, which are CLIP-B/32's.
         size, patch = int(vision.get("image_size", 224)), int(vision.get("patch_size", 32))
         rule = TileRule(size, size // patch, 1, 1, thumbnail=False, fit="pad")
@@ -75,9 +76,7 @@ class Llava(VLM):
         cls, folder: Path, config: Mapping[str, Any], processor: Processor, dtype: torch.dtype, attention: str
     ) -> PreTrainedModel:
         """Load the weights (safetensors only)."""
-        return LlavaForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, use_safetensors=True
-        )
+        return load_whole(LlavaForConditionalGeneration, folder, dtype, attention)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Run vision tower and projector: normalised pixels (T, 3, S, S) to visual tokens (T, n, d)."""

@@ -20,6 +20,7 @@ from pgp_lightning.vlm.internvl import InternVL
 from pgp_lightning.vlm.llava import Llava
 from pgp_lightning.vlm.original_config import convert_config, image_token_id, is_original
 from pgp_lightning.vlm.processor import Processor, read_side_car, write_side_car
+from pgp_lightning.vlm.shard_files import INDEX, SINGLE
 
 __all__ = ["convert_base", "family_of", "load_processor", "load_tokenizer", "load_vlm", "read_config", "resolve_base"]
 
@@ -40,8 +41,9 @@ def resolve_base(base: str, download: bool = True) -> Path:
         ConfigError: if there is no such model.
     """
     if base.startswith("embedded:"):
-        folder = Path(__file__).parents[1] / "embedded" / "models" / base.removeprefix("embedded:")
-        if not folder.is_dir():
+        name = base.removeprefix("embedded:")
+        folder = Path(__file__).parents[1] / "embedded" / "models" / name
+        if not name.isidentifier() or not folder.is_dir():
             known = ", ".join(sorted(f"embedded:{p.name}" for p in folder.parent.glob("*") if p.is_dir()))
             raise ConfigError(f"no model at {base!r}: the package holds {known or 'none'}")
         return folder
@@ -66,14 +68,26 @@ def _download(base: str, download: bool) -> Path:
         except Exception as error:  # the library raises its own, requests', and OSError
             reason = " ".join(str(error).split())[:200]
             continue
-        # An interrupted download leaves a folder without weights.
-        if any(Path(found).glob("*.safetensors")):
+        # An interrupted download leaves a part of the folder in the cache.
+        if _is_whole(Path(found)):
             return Path(found)
-        reason = "it holds no safetensors"
+        reason = "it lacks config.json, a tokenizer, or safetensors files"
+    command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
     raise ConfigError(
         f"no model at {base!r}: there is no such folder, and it is neither in the hub's cache nor can it be downloaded "
-        f"({reason}); on a machine with a network run `hf download {name}` and copy the folder, then give its path"
+        f"({reason}); on a machine with a network run `{command}` and copy the folder, then give its path"
     )
+
+
+def _is_whole(folder: Path) -> bool:
+    """Say whether configuration, tokenizer and every file of weights are there."""
+    files = {SINGLE}
+    if (folder / INDEX).is_file():
+        try:
+            files = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return False
+    return _has_tokenizer(folder) and all((folder / name).is_file() for name in ("config.json", *files))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -192,8 +206,11 @@ def load_vlm(base: str, dtype: torch.dtype = torch.float32, attention: Attention
     model = family.load_model(folder, config, processor, dtype, choose_attention(attention, dtype))
     vlm = family(model, processor, base)
     known = int(model.get_input_embeddings().get_parameter("weight").shape[0])
-    if processor.context_id >= known:
-        raise ConfigError(f"{base!r}: {processor.template.context} has id {processor.context_id} of {known} embeddings")
+    if max(processor.context_id, processor.stop_id) >= known:
+        ids = f"{processor.template.context} is {processor.context_id}, {processor.template.stop} {processor.stop_id}"
+        raise ConfigError(f"{base!r}: {ids}, but there are {known} embeddings: the tokenizer is of another model")
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = processor.stop_id  # where an answer ends, whatever a file says
     return vlm
 
 
@@ -214,8 +231,18 @@ def convert_base(source: str, target: Path, context_id: int | None = None) -> No
         raise ConfigError(f"{folder} is in transformers' layout already: use it as it is")
     tokenizer = load_tokenizer(folder) if _has_tokenizer(folder) else None
     facts = InternVL.facts(folder, config, tokenizer)
-    found = image_token_id(config, tokenizer) if context_id is None else context_id
-    stop = None if tokenizer is None else Processor(tokenizer, *facts).stop_id
+    found = image_token_id(config, tokenizer)
+    if context_id is not None and context_id != found:
+        if tokenizer is not None:
+            raise ConfigError(
+                f"the tokenizer of {folder} gives <IMG_CONTEXT> the id {found}, not {context_id}: leave it out"
+            )
+        found = context_id
+    if tokenizer is not None:
+        stop: int | None = Processor(tokenizer, *facts).stop_id
+    else:
+        # InternLM2's own stop ends a document; <|im_end|> comes four ids before <IMG_CONTEXT>.
+        stop = found - 4 if config["llm_config"].get("model_type") == "internlm2" else None
 
     def write_extras(part: Path) -> None:
         if tokenizer is not None:

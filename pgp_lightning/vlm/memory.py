@@ -261,6 +261,9 @@ class _Text:
 
 
 def _tokens_per_tile(config: Config) -> int:
+    if isinstance(config, LlavaConfig):  # whose files leave image_seq_length out, also where it is not the default
+        vision: Any = config.vision_config
+        return int(vision.image_size // vision.patch_size) ** 2
     return int(config.image_seq_length)
 
 

@@ -156,14 +156,16 @@ class Processor:
             Token ids and, of the same length, labels, -100 where nothing is predicted.
 
         Raises:
-            ValueError: if placeholders and images differ in number, or roles do not alternate.
+            ValueError: if placeholders and images differ in number, stand elsewhere, or roles do not alternate.
         """
         messages, template, left = list(messages), self.template, list(visual_tokens)
         system = messages.pop(0).text if messages and messages[0].role == "system" else None
         wanted = ["user", "assistant"] * len(messages)
         if not messages or [message.role for message in messages] != wanted[: len(messages)]:
             raise ValueError(f"expected turns of user and assistant, got {[m.role for m in messages]}")
-        placed = sum(message.text.count(PLACEHOLDER) for message in messages if message.role == "user")
+        if PLACEHOLDER in (system or "") + "".join(m.text for m in messages if m.role == "assistant"):
+            raise ValueError(f"{PLACEHOLDER} may stand in the user's turns only")
+        placed = sum(message.text.count(PLACEHOLDER) for message in messages)
         if placed != len(left):
             raise ValueError(f"the user's turns hold {placed} {PLACEHOLDER} for {len(left)} images")
         ids: list[int] = []
@@ -224,6 +226,8 @@ def read_side_car(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
+        if set(facts) != {"family", "rule", "template", "max_length"}:
+            raise ValueError(f"it holds {', '.join(sorted(facts))}")
         return {**facts, "rule": TileRule(**facts["rule"]), "template": ChatTemplate(**facts["template"])}
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path} is damaged or of another version ({error}): export or convert again") from error

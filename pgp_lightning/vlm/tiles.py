@@ -18,6 +18,7 @@ from PIL import Image
 __all__ = ["TileGrid", "TileRule", "cut_tiles"]
 
 MOST_NARROW = 100  # greatest ratio of sides with `crop`, which would blow a sliver up to gigabytes
+MOST_PADDED = 10_000  # greatest side with `pad`, for the same reason: the square is made in memory
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,8 @@ class TileRule:
         """Return the square that the one tile shows, in pixels of the image."""
         if self.fit == "pad":
             side = max(width, height)
+            if side > MOST_PADDED:
+                raise ValueError(f"an image of {width} x {height} pixels is too long to be padded to a square")
             left, top = -((side - width) // 2), -((side - height) // 2)
             return left, top, left + side, top + side
         # The short side is resized to the tile first and the long one cut in whole pixels of the result.

@@ -53,6 +53,8 @@ def test_without_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert model.config.image_token_id == 263
     template = json.loads((target / "vlm.json").read_text())["template"]
     assert template["begin"] == "<s>"
+    # The end of a turn, not the </s> of its config.json.
+    assert model.generation_config.eos_token_id == 259
     # A tokenizer put there later is all that was missing.
     shutil.copytree(GOLDEN / "internvl_tokenizers" / "internlm2", target, dirs_exist_ok=True)
     assert load_processor(str(target)).context_id == 263
@@ -70,4 +72,6 @@ def test_what_is_not_converted(tiny_base: str, tmp_path: Path, capsys: pytest.Ca
     ):
         assert pgp(["convert", given, str(target)]) == 2
         assert words in capsys.readouterr().err
+    assert pgp(["convert", str(source), str(tmp_path / "new"), "--image-token-id", "5"]) == 2
+    assert "gives <IMG_CONTEXT> the id 261, not 5" in capsys.readouterr().err
     assert not (tmp_path / "new").exists() and not list((tmp_path / "there").iterdir())

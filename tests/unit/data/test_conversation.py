@@ -44,6 +44,8 @@ def test_reads_a_record() -> None:
         ({"turns": [{**GOOD, "question": " "}]}, None, "empty-question"),
         ({"turns": [{**GOOD, "answer": ""}]}, None, "empty-answer"),
         ({"turns": [{**GOOD, "answer": 7}]}, None, "empty-answer"),
+        ({"turns": [{**GOOD, "question": "<image>\nwhat colour"}]}, None, "bad-text"),
+        ({"turns": [{**GOOD, "answer": "<IMG_CONTEXT>"}]}, None, "bad-text"),
         ({"turns": [GOOD, {**GOOD, "answer": ""}]}, None, "empty-answer"),
         ({"turns": [{**GOOD, "relevant": [20]}]}, None, "bad-relevant"),
         ({"turns": [{**GOOD, "relevant": [-1]}]}, None, "bad-relevant"),

@@ -104,6 +104,14 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
+def test_a_sliver_that_a_square_would_blow_up_is_refused(llava_base: str):
+    # 3 kB on disk, but the square around it would take gigabytes.
+    data = record(stored("L", "PNG", (40_000, 1)))
+    with pytest.raises(UnusableRecord, match="40000 x 1 pixels is too long to be padded") as caught:
+        ConversationReader(load_vlm(llava_base).processor, max_length=999)(data)
+    assert caught.value.reason == "bad-image"
+
+
 @pytest.mark.parametrize("broken", ["bomb", "truncated", "empty", "text"])
 def test_a_picture_that_cannot_be_used_is_refused(broken: str, models: tuple[VLM, ...]):
     whole = stored("RGB", "JPEG", (200, 100))

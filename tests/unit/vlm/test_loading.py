@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.vlm.family import VLM, check_pair, choose_attention
@@ -149,6 +150,55 @@ def test_a_model_from_the_hubs_cache(tiny_base: str, tmp_path: Path, monkeypatch
     assert load_processor("someone/tiny").rule == RULE
 
 
+def test_a_download_that_was_interrupted_is_gone_on_with(
+    tiny_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    commit = "b" * 40
+    folder = tmp_path / "models--someone--tiny" / "snapshots" / commit
+    shutil.copytree(tiny_base, folder)
+    (folder.parents[1] / "refs").mkdir()
+    (folder.parents[1] / "refs" / "main").write_text(commit)
+    weights = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(weights))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="nor can it be downloaded"):
+        resolve_base("someone/tiny")
+    (folder / "model-00002-of-00002.safetensors").touch()
+    assert resolve_base("someone/tiny") == folder
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"`hf download someone/tiny --revision main`"):
+        resolve_base("someone/tiny@main")
+
+
+@pytest.mark.parametrize("fixture", ["tiny_base", "llava_base"])
+@pytest.mark.parametrize(("change", "message"), [
+    ("missing", "has missing keys: .*layers.1.self_attn.q_proj.weight; copy or download"),
+    ("unknown", "has unexpected keys: .*stranger"),
+    ("shape", "does not load as|has mismatched keys"),
+    ("none", "does not load as"),
+])  # fmt: skip
+def test_weights_that_are_not_all_there(
+    fixture: str, change: str, message: str, tmp_path: Path, request: pytest.FixtureRequest
+):
+    folder = tmp_path / "copy"
+    shutil.copytree(request.getfixturevalue(fixture), folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(key for key in weights if "language_model" in key and key.endswith("layers.1.self_attn.q_proj.weight"))
+    if change == "missing":
+        del weights[name]
+    elif change == "unknown":
+        weights["stranger"] = torch.zeros(3)
+    elif change == "shape":
+        weights[name] = weights[name][:-1].clone()
+    if change == "none":
+        (folder / "model.safetensors").unlink()
+    else:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=message):
+        load_vlm(str(folder))
+
+
 def test_a_model_that_cannot_be_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -163,8 +213,9 @@ def test_a_folder_that_is_not_there(base: str):
 
 
 def test_a_model_that_the_package_does_not_hold():
-    with pytest.raises(ConfigError, match=r"no model at 'embedded:gone': the package holds embedded:"):
-        resolve_base("embedded:gone")
+    for name in ("gone", "../models/guide", ""):
+        with pytest.raises(ConfigError, match=r"no model at 'embedded:.*': the package holds embedded:"):
+            resolve_base(f"embedded:{name}")
 
 
 CLIP = {"model_type": "clip_vision_model"}
@@ -177,7 +228,9 @@ STRANGE = [
     ([], "must hold an object, got list"),
     ({"model_type": "llava_llama"}, "LLaVA checkpoint in the original layout, which holds no vision tower"),
     ({**LLAVA, "vision_config": {"model_type": "siglip_vision_model"}}, "must be CLIP"),
-    ({**LLAVA, "vision_config": CLIP, "vision_feature_select_strategy": "full"}, "must be 'default'"),
+    ({**LLAVA, "vision_config": CLIP, "vision_feature_select_strategy": "full"}, "must be 'default' as in LLaVA-1.5"),
+    ({**LLAVA, "vision_config": CLIP, "vision_feature_layer": -1}, "vision_feature_layer must be -2 .* got -1"),
+    (LLAVA, "LLaVA checkpoint in the original layout"),
     ({**CHAT, "llm_config": PHI3, "template": "phi3-chat"}, "text model must be one of .* got 'Phi3ForCausalLM'"),
     ({**CHAT, "template": "vicuna"}, "chat format 'vicuna'; known are"),
     ({**CHAT, "ps_version": "v1"}, "ps_version must be 'v2', got 'v1'"),
@@ -223,6 +276,11 @@ def test_attention_is_chosen_by_what_can_run(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
     assert choose_attention("auto", torch.bfloat16) == "sdpa"
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr("pgp_lightning.vlm.family.is_flash_attn_2_available", lambda: False)
+    assert choose_attention("auto", torch.bfloat16) == "sdpa"
+    with pytest.raises(ConfigError, match="too old or broken"):
+        choose_attention("flash_attention_2", torch.bfloat16)
+    monkeypatch.setattr("pgp_lightning.vlm.family.is_flash_attn_2_available", lambda: True)
     assert choose_attention("auto", torch.bfloat16) == "flash_attention_2"
     assert choose_attention("auto", torch.float32) == "sdpa"
 
@@ -265,11 +323,22 @@ def released(tower: str, text: str, template: str, **sizes: int) -> dict[str, An
         "template": template,
         "ps_version": "v2",
         "force_image_size": 448,
+        "dynamic_image_size": True,
+        "use_thumbnail": True,
         "min_dynamic_patch": 1,
         "max_dynamic_patch": 12,
         "vision_config": {**towers[tower], "image_size": 448, "patch_size": 14},
         "llm_config": {"architectures": [text], "model_type": text, "max_position_embeddings": 32768, **sizes},
     }
+
+
+def test_what_a_configuration_leaves_out_is_what_the_original_takes_it_for(tmp_path: Path):
+    def rule(**changes: object) -> TileRule:
+        return InternVL.facts(tmp_path, {**CHAT, **changes}, None).rule
+
+    assert rule() == TileRule(56, 2, 1, 12)
+    assert rule(max_dynamic_patch=None, use_thumbnail=False) == TileRule(56, 2, 1, 6, False)
+    assert rule(dynamic_image_size=False) == TileRule(56, 2, 1, 1)
 
 
 def test_the_papers_guide_fits_the_papers_answer_models(tmp_path: Path):

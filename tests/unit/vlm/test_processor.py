@@ -182,6 +182,8 @@ def test_an_answer_that_melts_into_the_prompt_is_tokenised_by_itself():
     [
         ([("user", "<image>\nQ")], [], "hold 1 <image> for 0 images"),
         ([("user", "Q")], [4], "hold 0 <image> for 1 images"),
+        ([("system", "<image>"), ("user", "Q")], [4], "may stand in the user's turns only"),
+        ([("user", "<image>"), ("assistant", "<image>")], [4], "may stand in the user's turns only"),
         ([("assistant", "A")], [], "expected turns of user and assistant"),
         ([("user", "Q"), ("user", "Q")], [], "expected turns of user and assistant"),
         ([("user", "Q"), ("system", "S")], [], "expected turns of user and assistant"),
@@ -207,7 +209,9 @@ def test_a_side_car_survives_the_disk(tmp_path: Path):
     assert read_side_car(tmp_path / "elsewhere") is None
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"rule": {"tile": 3}, "template": {}}', '{"rule": {}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"rule": {}, "template": {}}', '{"rule": {"tile": 3}, "template": {}}', '{"rule": {}}']
+)
 def test_a_damaged_side_car(tmp_path: Path, text: str):
     (tmp_path / "vlm.json").write_text(text)
     with pytest.raises(ConfigError, match="damaged or of another version"):
