@@ -56,8 +56,10 @@ def _fail(error: Exception, code: int) -> int:
 
 
 def _export(given: argparse.Namespace) -> int:
+    from pgp_lightning.training.command_line import quieten
     from pgp_lightning.training.export import export_guide, verify_guide
 
+    quieten()
     export_guide(given.run, given.folder)
     print(f"guide of {given.run} written to {given.folder}")
     if given.verify:
