@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -211,13 +209,10 @@ def write_file(file: Path, pieces: Iterable[Piece], advance: Callable[[int], obj
                 advance(len(chunk))
         opened.flush()
         os.fsync(opened.fileno())
-        # The page cache is better kept for the sources, and for other programs' files.
-        with suppress(AttributeError, OSError):
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def verify_file(file: Path, pieces: Sequence[Piece], advance: Callable[[int], object]) -> None:
-    """Compare a written file with what it was made of, bit for bit.
+    """Compare a written file, as the system now holds it, with what it was made of, bit for bit.
 
     Args:
         file: to be compared.
@@ -232,56 +227,22 @@ def verify_file(file: Path, pieces: Sequence[Piece], advance: Callable[[int], ob
         piece.name: (piece.source.dtype, piece.shape) for piece in pieces
     }:
         raise DataError(f"{file} does not list the tensors that were written: look after the disk, and convert again")
-    with _open_on_disk(file) as opened:
-        written = _Window(opened)
+    whole = bytearray(CHUNK)
+    with file.open("rb", buffering=0) as opened:
         for piece in sorted(pieces, key=lambda piece: held[piece.name].start):
-            position = held[piece.name].start
+            opened.seek(held[piece.name].start)
             for chunk in _chunks(piece):
-                if not written.matches(position, chunk):
+                again = whole if len(chunk) == CHUNK else bytearray(len(chunk))
+                # A bytearray compares in one call, whereas two views are compared item by item.
+                if opened.readinto(again) != len(chunk) or again != chunk:
                     raise DataError(
                         f"tensor {piece.name!r} of {file} is not what {piece.source.file} holds as "
                         f"{piece.source.name!r}: look after the disk, and convert again"
                     )
-                position += len(chunk)
                 advance(len(chunk))
-
-
-def _open_on_disk(file: Path) -> FileIO:
-    """Open a file so that reads come from the disk, not from the page cache its bytes were just written through."""
-
-    def direct(path: str, flags: int) -> int:
-        return os.open(path, flags | getattr(os, "O_DIRECT", 0))
-
-    with suppress(OSError):  # some file systems have no such reads
-        return FileIO(file, opener=direct)
-    return FileIO(file)
-
-
-class _Window:
-    """A block of a file in memory, moved to where it is needed.
-
-    Args:
-        file: to be read; from the disk itself only whole blocks can be, into memory that begins a page.
-    """
-
-    def __init__(self, file: FileIO) -> None:
-        self.file, self.view = file, memoryview(mmap.mmap(-1, CHUNK))
-        self.first = self.held = 0
-
-    def matches(self, position: int, expected: memoryview) -> bool:
-        """Say whether the file has these bytes at a position."""
-        while len(expected):
-            if not self.first <= position < self.first + self.held:
-                self.first = position // CHUNK * CHUNK
-                self.file.seek(self.first)
-                self.held = self.file.readinto(self.view) or 0
-            own = self.view[position - self.first : self.held]
-            count = min(len(own), len(expected))
-            # A bytearray compares in one call, whereas two views are compared item by item.
-            if not count or bytearray(expected[:count]) != own[:count]:
-                return False
-            position, expected = position + count, expected[count:]
-        return True
+        # Not before now: read through the page cache while it is there, it costs no disk. Other files need it more.
+        with suppress(AttributeError, OSError):
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _chunks(piece: Piece) -> Iterator[memoryview]:

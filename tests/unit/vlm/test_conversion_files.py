@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -87,11 +86,8 @@ def test_shards_in_and_out(tmp_path: Path):
     assert CONFIG.dtype is None
 
 
-@pytest.mark.parametrize("direct", [True, False])
-def test_tensors_larger_than_the_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool):
+def test_tensors_larger_than_the_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shard_files, "CHUNK", 4096)
-    if not direct:
-        monkeypatch.delattr(os, "O_DIRECT")
     counts: list[int] = []
     monkeypatch.setattr(Progress, "advance", lambda bar, task, count: counts.append(count))
     convert_checkpoint(GOLDEN / INTERNLM2, tmp_path / "new", CONFIG)
