@@ -18,7 +18,7 @@ from huggingface_hub import HfApi, constants
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
 from safetensors import SafetensorError, safe_open
-from transformers import InternVLConfig, LlavaConfig
+from transformers import AutoConfig, InternVLConfig, LlavaConfig
 
 from pgp_lightning.data.conversation import ConversationReader, UnusableRecord
 from pgp_lightning.data.manifest import Manifest, Source
@@ -208,7 +208,7 @@ def _one_base(case: _Case, named: str, base: str) -> Iterator[Finding]:
         built: Any = convert_config(config, processor.context_id)
         converted_tensors(folder, built)  # accounts for every tensor, from the files' headers
     else:
-        built = (LlavaConfig if processor.family == "llava" else InternVLConfig).from_pretrained(folder)
+        built = AutoConfig.from_pretrained(folder)
         # Released files do not say so, but hold two matrices.
         built.tie_word_embeddings = config.get("tie_word_embeddings", False)
     case.models[base] = _Model(processor, built)

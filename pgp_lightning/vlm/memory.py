@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import CLIPVisionConfig, InternVLConfig, InternVLForConditionalGeneration, LlamaConfig, LlavaConfig
-from transformers import LlavaForConditionalGeneration as Llava
+from transformers import AutoModelForImageTextToText, CLIPVisionConfig, InternVLConfig, LlamaConfig, LlavaConfig
 
 from pgp_lightning.bottleneck import GaussianBottleneck
 from pgp_lightning.vlm.original_config import convert_config
@@ -116,9 +115,9 @@ class PruneMemory(_Parts):
 
 def parameters(config: Config) -> int:
     """Count a model's parameters, by building it without memory."""
-    kind: Any = Llava if isinstance(config, LlavaConfig) else InternVLForConditionalGeneration
+    build: Any = AutoModelForImageTextToText.from_config  # which has no types
     with torch.device("meta"):
-        return sum(p.numel() for p in kind(copy.deepcopy(config)).parameters())
+        return sum(p.numel() for p in build(copy.deepcopy(config)).parameters())
 
 
 def device_memory(device: torch.device) -> tuple[str, int]:
