@@ -60,22 +60,25 @@ def resolve_base(base: str, download: bool = True) -> Path:
 
 def _download(base: str, download: bool) -> Path:
     name, _, revision = base.partition("@")
+    reason = ""
     for local in (True, False)[: 1 + download]:
         try:
             found = snapshot_download(
                 name, revision=revision or None, allow_patterns=_WANTED, local_files_only=local, max_workers=4
             )
         except Exception as error:  # the library raises its own, requests', and OSError
-            reason = " ".join(str(error).split())[:200]
+            if not local:
+                reason = " ".join(str(error).split()).split(". ")[0][:200]
             continue
         # An interrupted download leaves a part of the folder in the cache.
         if _is_whole(Path(found)):
             return Path(found)
         reason = "it lacks config.json, a tokenizer, or safetensors files"
     command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+    tried = f" and cannot be downloaded ({reason})" if download else ""
     raise ConfigError(
-        f"no model at {base!r}: there is no such folder, and it is neither in the hub's cache nor can it be downloaded "
-        f"({reason}); on a machine with a network run `{command}` and copy the folder, then give its path"
+        f"no model at {base!r}: there is no such folder, and a whole copy is not in the hub's cache{tried}; "
+        f"on a machine with a network run `{command}` and copy the folder, then give its path"
     )
 
 
