@@ -34,7 +34,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pgp_lightning.vlm.conversion import convert_checkpoint, convert_config, image_token_id
+from pgp_lightning.vlm.conversion import convert_checkpoint
+from pgp_lightning.vlm.original_config import convert_config, image_token_id
 from pgp_lightning.vlm.shard_files import Stored, read_folder
 
 WIDTH, INNER, HEADS, KEYS, VOCABULARY = 2048, 8192, 16, 8, 92553

@@ -29,10 +29,11 @@ from pgp_lightning.errors import ConfigError, DataError
 from pgp_lightning.training.command_line import TerseParser, quieten, reason_of
 from pgp_lightning.training.pgp import PGP
 from pgp_lightning.training.run import checkpoints
-from pgp_lightning.vlm.conversion import convert_config, converted_tensors, is_original
+from pgp_lightning.vlm.conversion import converted_tensors
 from pgp_lightning.vlm.family import check_pair, choose_attention
 from pgp_lightning.vlm.loading import load_processor, read_config, resolve_base
 from pgp_lightning.vlm.memory import GIB, device_memory, fit_memory, prune_memory
+from pgp_lightning.vlm.original_config import convert_config, is_original
 from pgp_lightning.vlm.processor import Processor
 from pgp_lightning.vlm.shard_files import INDEX
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from pgp_lightning.vlm.conversion import convert_config, image_token_id, load_original
+from pgp_lightning.vlm.conversion import load_original
+from pgp_lightning.vlm.original_config import convert_config, image_token_id
 
 GOLDEN = Path(__file__).parent / "golden"
-NAMES = ("internvl_qwen2", "internvl_internlm2")
+TOKENIZERS = {"internvl_qwen2": "qwen", "internvl_internlm2": "internlm2"}
+NAMES = tuple(TOKENIZERS)
 # Sums in another order give up to 8e-6; the smallest mistake measured, a wrong epsilon, 2.3e-4.
 TOLERANCE = 5e-5
+
+
+def download(folder: Path, name: str) -> Path:
+    """Put a golden checkpoint and its tokenizer together, as a download has them."""
+    for source in (GOLDEN / name, GOLDEN / "internvl_tokenizers" / TOKENIZERS[name]):
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+    return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -43,6 +43,16 @@ def tiny_processor() -> Processor:
     return replace(build_processor("guide"), rule=RULE, max_length=64)
 
 
+@torch.no_grad()
+def enlarge(model: nn.Module) -> None:
+    """Draw linear and embedding weights anew, large enough for every part of a small model to matter."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.normal_(0, 1.5 * module.in_features**-0.5)
+        elif isinstance(module, nn.Embedding):
+            module.weight.normal_(0, 1.0)
+
+
 def tiny_model(seed: int = 0) -> InternVLForConditionalGeneration:
     """Return a model with two layers in each part and untied embeddings, its weights large enough to matter."""
     processor = tiny_processor()
@@ -80,12 +90,7 @@ def tiny_model(seed: int = 0) -> InternVLForConditionalGeneration:
     torch.manual_seed(seed)
     config._attn_implementation = "sdpa"
     model = InternVLForConditionalGeneration(config)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.normal_(0, 1.5 * module.in_features**-0.5)
-            elif isinstance(module, nn.Embedding):
-                module.weight.normal_(0, 1.0)
+    enlarge(model)
     return model
 
 

@@ -8,7 +8,6 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from torch import nn
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -18,6 +17,7 @@ from transformers import (
 )
 
 from pgp_lightning.embedded.world import WORDS
+from tests.tiny import enlarge
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
 SIDE, PATCH, WIDTH = 32, 8, 48  # 16 visual tokens
@@ -69,12 +69,7 @@ def llava_model(seed: int = 0) -> LlavaForConditionalGeneration:
     torch.manual_seed(seed)
     config._attn_implementation = "sdpa"
     model = LlavaForConditionalGeneration(config)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.normal_(0, 1.5 * module.in_features**-0.5)
-            elif isinstance(module, nn.Embedding):
-                module.weight.normal_(0, 1.0)
+    enlarge(model)
     return model
 
 

@@ -26,7 +26,6 @@ from torch import Tensor
 from transformers import GenerationConfig, InternVLConfig, InternVLForConditionalGeneration
 
 from pgp_lightning.errors import ConfigError
-from pgp_lightning.vlm.original_config import convert_config, image_token_id, is_original
 from pgp_lightning.vlm.shard_files import (
     DTYPES,
     INDEX,
@@ -39,14 +38,7 @@ from pgp_lightning.vlm.shard_files import (
     write_file,
 )
 
-__all__ = [
-    "convert_checkpoint",
-    "convert_config",
-    "converted_tensors",
-    "image_token_id",
-    "is_original",
-    "load_original",
-]
+__all__ = ["convert_checkpoint", "converted_tensors", "load_original"]
 
 # New name and original name: # stands for a layer's number, * for weight or bias. A third entry says which part of a
 # packed original it is: 0 query, 1 key, 2 value.

@@ -1,8 +1,8 @@
 """What a family of vision-language models says of itself, and all that the rest of the package knows of a model.
 
 Guides, pruners, data and evaluation ask a `VLM` and its `Processor`; only the families' own files know transformers'
-module names. A family whose visual tokens are merged or whose positions have several axes overrides `visual_tokens`,
-its tile rule's grid and `positions`.
+module names. A family whose visual tokens are merged overrides `visual_tokens` and brings a tile rule with a grid
+of its own; positions of one axis are laid out in `slots.py`, which is where several axes would come in.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -174,6 +174,19 @@ def load_processor(base: str) -> Processor:
     Raises:
         ConfigError: if there is no such model, or it is of a kind that is not supported.
     """
+    return _describe(base).processor
+
+
+class _Described(NamedTuple):
+    """All that is known of a model before its weights are read."""
+
+    folder: Path
+    config: dict[str, Any]
+    family: type[VLM]
+    processor: Processor
+
+
+def _describe(base: str) -> _Described:
     folder = resolve_base(base)
     config = read_config(folder)
     family = family_of(config, folder)
@@ -188,7 +201,7 @@ def load_processor(base: str) -> Processor:
         raise ConfigError(f"{folder / 'vlm.json'} must say family {family.family!r}, got {side_car['family']!r}")
     # A tokenizer of another model is found out here, not as an index error in the middle of training.
     _ = processor.context_id, processor.stop_id
-    return processor
+    return _Described(folder, config, family, processor)
 
 
 def load_vlm(base: str, dtype: torch.dtype = torch.float32, attention: Attention = "auto") -> VLM:
@@ -202,10 +215,7 @@ def load_vlm(base: str, dtype: torch.dtype = torch.float32, attention: Attention
     Raises:
         ConfigError: if there is no such model, it is of a kind that is not supported, or it does not fit its tokenizer.
     """
-    processor = load_processor(base)
-    folder = resolve_base(base)
-    config = read_config(folder)
-    family = family_of(config, folder)
+    folder, config, family, processor = _describe(base)
     model = family.load_model(folder, config, processor, dtype, choose_attention(attention, dtype))
     vlm = family(model, processor, base)
     known = int(model.get_input_embeddings().get_parameter("weight").shape[0])

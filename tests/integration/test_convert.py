@@ -12,19 +12,10 @@ from transformers import InternVLForConditionalGeneration
 
 from pgp_lightning.tools import main as pgp
 from pgp_lightning.vlm.loading import load_processor, load_vlm
-from tests.tiny import GOLDEN
-
-TOKENIZERS = {"internvl_qwen2": "qwen", "internvl_internlm2": "internlm2"}
+from tests.originals import GOLDEN, NAMES, download
 
 
-def download(folder: Path, name: str) -> Path:
-    """Put a golden checkpoint and its tokenizer together, as a download has them."""
-    shutil.copytree(GOLDEN / name, folder)
-    shutil.copytree(GOLDEN / "internvl_tokenizers" / TOKENIZERS[name], folder, dirs_exist_ok=True)
-    return folder
-
-
-@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_converted_checkpoint_is_the_one_converted_while_loading(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

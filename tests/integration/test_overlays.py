@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import yaml
 from pgp_lightning.guides.posterior import PosteriorGuide
 from pgp_lightning.tools import main as pgp
 from tests.integration.small_run import ROOT, write_manifest
-from tests.tiny import GOLDEN
+from tests.originals import download
 
 OVERLAYS = ROOT / "configs" / "overlays"
 
@@ -30,10 +29,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def original_base(tmp_path_factory: pytest.TempPathFactory) -> str:
     """An original-layout checkpoint with its tokenizer, as a download has them."""
-    folder = tmp_path_factory.mktemp("original")
-    for source in (GOLDEN / "internvl_qwen2", GOLDEN / "internvl_tokenizers" / "qwen"):
-        shutil.copytree(source, folder, dirs_exist_ok=True)
-    return str(folder)
+    return str(download(tmp_path_factory.mktemp("original"), "internvl_qwen2"))
 
 
 @pytest.mark.parametrize(("overlay", "fixture"), [("internvl2_5_1b", "original_base"), ("llava_1_5", "llava_base")])

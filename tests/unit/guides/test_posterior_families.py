@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +13,14 @@ from pgp_lightning.guides.posterior import PosteriorGuide
 from pgp_lightning.objective import divergence_loss, reconstruction_loss
 from pgp_lightning.vlm.request import Request
 from pgp_lightning.vlm.tiles import cut_tiles
-from tests.tiny import ANSWERS, GOLDEN, QUESTIONS
+from tests.originals import download
+from tests.tiny import ANSWERS, QUESTIONS
 from tests.unit.guides.made import CLOSE, make
 
 
 @pytest.fixture(scope="session")
 def original_base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("original")
-    for source in (GOLDEN / "internvl_internlm2", GOLDEN / "internvl_tokenizers" / "internlm2"):
-        shutil.copytree(source, folder, dirs_exist_ok=True)
-    return str(folder)
+    return str(download(tmp_path_factory.mktemp("original"), "internvl_internlm2"))
 
 
 @pytest.fixture(params=["llava_base", "original_base"])

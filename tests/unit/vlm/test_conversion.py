@@ -15,7 +15,8 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pgp_lightning.errors import ConfigError
-from pgp_lightning.vlm.conversion import convert_config, converted_tensors, image_token_id, is_original, load_original
+from pgp_lightning.vlm.conversion import converted_tensors, load_original
+from pgp_lightning.vlm.original_config import convert_config, image_token_id, is_original
 from tests.originals import (
     GOLDEN,
     NAMES,

@@ -19,18 +19,10 @@ from pgp_lightning.vlm.llava import Llava
 from pgp_lightning.vlm.loading import load_processor, load_tokenizer, load_vlm, resolve_base
 from pgp_lightning.vlm.processor import ChatTemplate, Processor
 from pgp_lightning.vlm.tiles import TileRule
+from tests.originals import NAMES, download
 from tests.tiny import GOLDEN, RULE, WIDTH, golden, golden_object, tiny_processor, tiny_request
 
 TOKENIZERS = GOLDEN / "internvl_tokenizers"
-ORIGINALS = {"internvl_qwen2": "qwen", "internvl_internlm2": "internlm2"}
-
-
-def original(folder: Path, name: str) -> Path:
-    """Put a golden checkpoint and its tokenizer together, as a download has them."""
-    shutil.copytree(GOLDEN / name, folder)
-    for file in (TOKENIZERS / ORIGINALS[name]).iterdir():
-        shutil.copy(file, folder)
-    return folder
 
 
 @pytest.mark.parametrize("name", ["qwen2_bpe", "internlm2_spm"])
@@ -72,9 +64,9 @@ def test_a_folder_without_tokenizer():
         load_tokenizer(GOLDEN / "internvl_qwen2")
 
 
-@pytest.mark.parametrize("name", sorted(ORIGINALS))
+@pytest.mark.parametrize("name", NAMES)
 def test_an_original_checkpoint_loads_like_any_other(name: str, tmp_path: Path):
-    base = str(original(tmp_path / name, name))
+    base = str(download(tmp_path / name, name))
     vlm = load_vlm(base)
     assert isinstance(vlm, InternVL) and vlm.processor.rule == TileRule(56, 2, 1, 12)
     assert vlm.processor.template.system.startswith("你是书生·万象") and vlm.processor.max_length == 256
@@ -128,7 +120,7 @@ def test_a_model_of_the_llava_family(llava_base: str):
 
 
 def test_the_adapter_matches_the_language_model_only(tiny_base: str, llava_base: str, tmp_path: Path):
-    bases = (tiny_base, llava_base, str(original(tmp_path / "o", "internvl_internlm2")))
+    bases = (tiny_base, llava_base, str(download(tmp_path / "o", "internvl_internlm2")))
     for vlm in map(load_vlm, bases):
         matched = [name for name, _ in vlm.model.named_modules() if re.fullmatch(vlm.adapter_targets, name)]
         parts = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
