@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from pgp_lightning.vlm.request import Request
 
-__all__ = ["Guide"]
+__all__ = ["Guide", "Remember"]
 
 
 class Guide(nn.Module, ABC):
@@ -15,3 +15,26 @@ class Guide(nn.Module, ABC):
     @abstractmethod
     def forward(self, request: Request) -> Tensor:
         """Return the importance (B, M) in float32, tile-raster order, -inf on padding."""
+
+
+class Remember(Guide):
+    """Asks a guide once for a request and gives the same importance to whoever asks about that request again.
+
+    For comparisons, in which several budgets share a guide: what it remembers belongs to one request object, so a
+    guide that is still being trained does not go in here.
+
+    Args:
+        guide: asked once.
+    """
+
+    def __init__(self, guide: Guide) -> None:
+        super().__init__()
+        self.guide = guide
+        self._request: Request | None = None
+        self._importance: Tensor | None = None
+
+    def forward(self, request: Request) -> Tensor:
+        """Return the importance (B, M) in float32, -inf on padding."""
+        if self._importance is None or request is not self._request:
+            self._request, self._importance = request, self.guide(request)
+        return self._importance

@@ -8,7 +8,8 @@ of its own; positions of one axis are laid out in `slots.py`, which is where sev
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -40,7 +41,7 @@ class VLM(ABC):
 
     Args:
         model: transformers' own model, unmodified.
-        processor: its processor.
+        processor: its processor; a model without one can be pruned, and that is all.
         base: where it came from.
     """
 
@@ -52,8 +53,26 @@ class VLM(ABC):
         r"(.*\.)?language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
     )
 
-    def __init__(self, model: Any, processor: Processor, base: str) -> None:  # noqa: ANN401 (transformers' classes)
-        self.model, self.processor, self.base = model, processor, base
+    def __init__(self, model: Any, processor: Processor | None, base: str) -> None:  # noqa: ANN401 (transformers' classes)
+        self.model, self.base = model, base
+        self._processor = processor
+
+    @property
+    def processor(self) -> Processor:
+        """Tokenizer, tile rule and chat format.
+
+        Raises:
+            ConfigError: if the model came without.
+        """
+        if self._processor is None:
+            raise ConfigError(
+                f"{self.base} has no processor: load it with load_vlm, or make VLM(model, processor, base)"
+            )
+        return self._processor
+
+    @processor.setter
+    def processor(self, processor: Processor) -> None:
+        self._processor = processor
 
     @classmethod
     @abstractmethod
@@ -76,9 +95,47 @@ class VLM(ABC):
     ) -> PreTrainedModel:
         """Load the weights (safetensors only)."""
 
+    @classmethod
+    @abstractmethod
+    def is_family_of(cls, model: nn.Module) -> bool:
+        """Say whether a model in memory is of this family."""
+
+    @abstractmethod
+    def as_features(self, visual: Tensor) -> Any:  # noqa: ANN401
+        """Lay visual tokens (T, n, d) out as the family's own `get_image_features` returns them."""
+
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
         """Run vision tower and projector: normalised pixels (T, 3, S, S) to visual tokens (T, n, d)."""
+
+    @contextmanager
+    def skipping_tiles(self, needed: Tensor) -> Iterator[None]:
+        """While open, tiles that are not needed, bool (T,), pass the vision tower by; their visual tokens are zero.
+
+        For families whose tower encodes every tile by itself. Raises ConfigError if the tower gets another number.
+        """
+
+        def drop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+            pixels: Tensor = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
+            if len(pixels) != len(needed):
+                raise ConfigError(f"the model got {len(pixels)} tiles and the guide scored {len(needed)}")
+            some = pixels[needed.to(pixels.device)]
+            return ((some, *args[1:]), kwargs) if args else (args, kwargs | {"pixel_values": some})
+
+        def spread(module: nn.Module, args: object, output: Tensor) -> Tensor:
+            full = output.new_zeros(len(needed), *output.shape[1:])
+            full[needed.to(output.device)] = output
+            return full
+
+        hooks = (
+            self.vision_tower.register_forward_pre_hook(drop, with_kwargs=True),
+            self.projector.register_forward_hook(spread),
+        )
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @property
     def decoder(self) -> nn.Module:
@@ -105,6 +162,12 @@ class VLM(ABC):
         return tower
 
     @property
+    def projector(self) -> nn.Module:
+        """What maps the vision tower's features to visual tokens."""
+        projector: nn.Module = self.model.model.multi_modal_projector
+        return projector
+
+    @property
     @abstractmethod
     def vision_layers(self) -> nn.ModuleList:
         """The vision tower's layers, first to last."""
@@ -116,7 +179,8 @@ class VLM(ABC):
 
     def visual_slots(self, ids: Tensor) -> Tensor:
         """Return which prompt slots hold visual tokens: int64 ids (B, N) to bool (B, N)."""
-        return ids == self.processor.context_id
+        slots: Tensor = ids == self.model.config.image_token_id
+        return slots
 
     def visual_tokens(self, tiles: Tensor) -> Tensor:
         """Encode and project tiles: uint8 (T, 3, S, S) to visual tokens (T, n, d) in the model's dtype."""

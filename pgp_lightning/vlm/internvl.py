@@ -91,6 +91,15 @@ class InternVL(VLM):
             return load_original(folder, converted, dtype, attention, stop_id=processor.stop_id)
         return load_whole(InternVLForConditionalGeneration, folder, dtype, attention)
 
+    @classmethod
+    def is_family_of(cls, model: nn.Module) -> bool:
+        """Say whether a model in memory is of this family."""
+        return isinstance(model, InternVLForConditionalGeneration)
+
+    def as_features(self, visual: Tensor) -> Tensor:
+        """Return visual tokens (T, n, d) as they are."""
+        return visual
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Run vision tower and projector: normalised pixels (T, 3, S, S) to visual tokens (T, n, d)."""
         features: Tensor = self.model.get_image_features(pixel_values=pixels).pooler_output

@@ -78,6 +78,15 @@ class Llava(VLM):
         """Load the weights (safetensors only)."""
         return load_whole(LlavaForConditionalGeneration, folder, dtype, attention)
 
+    @classmethod
+    def is_family_of(cls, model: nn.Module) -> bool:
+        """Say whether a model in memory is of this family."""
+        return isinstance(model, LlavaForConditionalGeneration)
+
+    def as_features(self, visual: Tensor) -> list[Tensor]:
+        """Return visual tokens (T, n, d) as a list by image."""
+        return list(visual)
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Run vision tower and projector: normalised pixels (T, 3, S, S) to visual tokens (T, n, d)."""
         features: list[Tensor] = self.model.get_image_features(pixel_values=pixels).pooler_output

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
+from peft import PeftModel
+from torch import nn
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pgp_lightning.errors import ConfigError
@@ -22,7 +24,16 @@ from pgp_lightning.vlm.original_config import convert_config, image_token_id, is
 from pgp_lightning.vlm.processor import Processor, read_side_car, write_side_car
 from pgp_lightning.vlm.shard_files import INDEX, SINGLE
 
-__all__ = ["convert_base", "family_of", "load_processor", "load_tokenizer", "load_vlm", "read_config", "resolve_base"]
+__all__ = [
+    "as_vlm",
+    "convert_base",
+    "family_of",
+    "load_processor",
+    "load_tokenizer",
+    "load_vlm",
+    "read_config",
+    "resolve_base",
+]
 
 FAMILIES: tuple[type[VLM], ...] = (InternVL, Llava)
 # Weights without pickle, and no code.
@@ -225,6 +236,20 @@ def load_vlm(base: str, dtype: torch.dtype = torch.float32, attention: Attention
     if model.generation_config is not None:
         model.generation_config.eos_token_id = processor.stop_id  # where an answer ends, whatever a file says
     return vlm
+
+
+def as_vlm(model: nn.Module) -> VLM:
+    """See a model in memory as its family's `VLM`, without a processor; an adapter around it changes nothing.
+
+    Raises:
+        ConfigError: if it is of no family that is supported.
+    """
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    for family in FAMILIES:
+        if family.is_family_of(inner):
+            return family(inner, None, type(inner).__name__)
+    names = " and ".join(family.__name__ for family in FAMILIES)
+    raise ConfigError(f"{type(inner).__name__} is of no family that can be pruned; supported are {names}")
 
 
 def convert_base(source: str, target: Path, context_id: int | None = None) -> None:

@@ -24,6 +24,7 @@ class Request:
         grids: how each of the I images was tiled; their tile counts sum to T.
         images: the image of each question, B indices below I; by default question b asks about image b.
         relevant: bool (B, M), the visual tokens that matter, padded with False (only where the truth is known).
+        other_questions: B questions about other images, for controls.
 
     Raises:
         ValueError: if counts disagree.
@@ -34,6 +35,7 @@ class Request:
     grids: list[TileGrid]
     images: list[int] = field(default_factory=list)
     relevant: Tensor | None = None
+    other_questions: list[str] | None = None
 
     def __post_init__(self) -> None:
         if not self.images:

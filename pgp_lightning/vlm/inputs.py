@@ -1,0 +1,85 @@
+"""From a request to what a model is called with, and from what it generates to answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from pgp_lightning.errors import ConfigError
+from pgp_lightning.vlm.family import VLM
+from pgp_lightning.vlm.processor import PromptOrder
+from pgp_lightning.vlm.request import Request
+
+__all__ = ["generate", "prompt_inputs", "read_answers"]
+
+
+def prompt_inputs(
+    vlm: VLM, request: Request, order: PromptOrder = "image_first", features: Tensor | None = None
+) -> dict[str, Any]:
+    """Build prompts that end where the answers begin, for `generate` or a forward pass.
+
+    Args:
+        vlm: the model.
+        request: B questions; a row gets its own image's tiles.
+        order: of question and image in the prompt; a family's own is `image_first`.
+        features: visual tokens (T, n, d) of the request's tiles if they are there already; the vision tower then does
+            not run.
+
+    Returns:
+        `input_ids` and `attention_mask`, int64 (B, N), padded on the left, and pixels or features of each row.
+
+    Raises:
+        ConfigError: if the request was tiled by another rule.
+    """
+    rule = vlm.processor.rule
+    size, side = request.tiles.shape[-1], {grid.tokens_per_side for grid in request.grids}
+    if size != rule.tile_size or side != {rule.tokens_per_side}:
+        raise ConfigError(
+            f"{vlm.base} takes tiles of {rule.tile_size} pixels and {rule.tokens_per_side} tokens a side, the request "
+            f"has {size} and {sorted(side)}: tile the images by the answer model's rule, and pair it with a guide of "
+            "its family"
+        )
+    context, pad = vlm.processor.context_id, vlm.processor.stop_id
+    prompts = [vlm.processor.prompt(question, None, order) for question in request.questions]
+    rows = [[*p.before, *[context] * n, *p.after] for p, n in zip(prompts, request.counts, strict=True)]
+    width = max(map(len, rows))
+    device = request.tiles.device
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    tiles = tiles_of_rows(request)
+    if features is None:
+        return inputs | {"pixel_values": vlm.normalise(request.tiles[tiles], vlm.model.dtype)}
+    pooled = vlm.as_features(features[tiles])
+    # A new object every time: `generate` repeats what is in it for beams.
+    return inputs | {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=pooled)}}
+
+
+def tiles_of_rows(request: Request) -> Tensor:
+    """Return the tiles of every row's image, one row after the other: int64 indices into the request's tiles."""
+    starts = [0]
+    for grid in request.grids:
+        starts.append(starts[-1] + grid.tiles)
+    return torch.cat([torch.arange(starts[i], starts[i + 1]) for i in request.images]).to(request.tiles.device)
+
+
+@torch.no_grad()
+def generate(vlm: VLM, inputs: dict[str, Any], max_new_tokens: int = 16) -> Tensor:
+    """Generate greedily: int64 (B, n) new tokens; a row goes on with stop tokens after its first."""
+    stop, prompt = vlm.processor.stop_id, inputs["input_ids"].shape[1]
+    tokens: Tensor = vlm.model.generate(
+        **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=stop, pad_token_id=stop
+    )
+    return tokens[:, prompt:]
+
+
+def read_answers(vlm: VLM, tokens: Tensor) -> list[str]:
+    """Return the text of each row (B, n) up to its stop token."""
+    stop, answers = vlm.processor.stop_id, []
+    for row in tokens.tolist():
+        ids = row[: row.index(stop)] if stop in row else row
+        answers.append(str(vlm.processor.tokenizer.decode(ids, skip_special_tokens=True)).strip())
+    return answers
