@@ -54,7 +54,9 @@ def attention_rows(attention: nn.Module, queries: Tensor, keys: Tensor, allowed:
 
 
 @contextmanager
-def watch_attention(attention: nn.Module, seen: Callable[[Tensor], object], last: int = 1) -> Iterator[None]:
+def watch_attention(
+    attention: nn.Module, seen: Callable[[Tensor], object], last: int = 1, block: int | None = None
+) -> Iterator[None]:
     """While open, show the attention of a decoder layer's last queries after each of its forward passes.
 
     Args:
@@ -62,6 +64,7 @@ def watch_attention(attention: nn.Module, seen: Callable[[Tensor], object], last
         seen: called with float32 (B, H, R, K): the last R = min(last, number of queries) rows over all K keys that the
             layer holds, in prefill and in decode; what a row may not see is 0.
         last: how many of the queries to show.
+        block: show at most so many rows at a time, first ones first, with one call of `seen` each: bounds the memory.
     """
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
@@ -73,7 +76,9 @@ def watch_attention(attention: nn.Module, seen: Callable[[Tensor], object], last
             cache = kwargs.get("past_key_values")
             keys = project_keys(module, hidden, rope) if cache is None else cache.layers[module.layer_idx].keys
             allowed = _allowed(kwargs.get("attention_mask"), queries, keys.shape[2])
-            seen(attention_rows(module, queries, keys, allowed))
+            for start in range(0, rows, block or rows):
+                part = slice(start, start + (block or rows))
+                seen(attention_rows(module, queries[:, :, part], keys, allowed[:, part]))
 
     handle = attention.register_forward_hook(after, with_kwargs=True)
     try:

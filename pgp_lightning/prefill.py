@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 
+from pgp_lightning.attention import Rope
 from pgp_lightning.errors import ConfigError
-from pgp_lightning.prefill_state import PrefillState, take
+from pgp_lightning.prefill_state import PrefillState, pack, take
 from pgp_lightning.vlm.family import VLM
 from pgp_lightning.vlm.loading import as_vlm
 from pgp_lightning.vlm.request import Request
@@ -36,11 +37,16 @@ class Pruner(nn.Module):
         keep_ratio: share of each row's visual tokens that stay after the last of `layers`.
         layers: the depths at which the state is rewritten; 0 is before the first decoder layer.
         importance: float32 (B, M), what the last run ranked visual tokens by, -inf on padding; None if it ranks none.
+        reads_vision_tower: whether the vision tower has to run inside `pruned`, so that features computed before do not
+            do.
+        skip_tiles: whether tiles without a kept token pass the vision tower by.
     """
 
     keep_ratio: float = 1.0
     layers: tuple[int, ...] = ()
     importance: Tensor | None = None
+    reads_vision_tower: bool = False
+    skip_tiles: bool = False
 
     def attached(self, vlm: VLM, inputs: Mapping[str, Any], request: Request | None) -> AbstractContextManager[object]:
         """Prepare a run, and take back afterwards what was attached to the model.
@@ -60,6 +66,7 @@ class Pruner(nn.Module):
         """Return this pruner with another budget; both share their modules."""
         self._check_ratio(keep_ratio)
         other = copy.copy(self)
+        other._modules = dict(self._modules)
         other.keep_ratio = keep_ratio
         return other
 
@@ -176,6 +183,7 @@ class _Driver:
         """Hand a decoder layer what it shall see."""
         hidden, cache = args[0], kwargs.get("past_key_values")
         if depth == 0:
+            self.ropes: dict[tuple[int, torch.device], Rope] = {}
             self.prefill = cache is None or cache.get_seq_length(0) == 0
             if self.prefill:
                 self._begin(hidden, cache, kwargs)
@@ -228,9 +236,10 @@ class _Driver:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         before = replace(self.state, hidden=hidden).to(hidden.device)
         state = self.pruner.before_layer(depth, before)
-        if state.cut is not None:
-            self._cut_caches(before, state, cache)
-            state = replace(state, cut=None)
+        if state.behind is not None:
+            if state.behind is not before.valid:
+                self._cut_caches(before, state.behind, cache)
+            state = replace(state, place=None, behind=None)
         self._record(before, state)
         self.state = state
         self.past.append((state.valid, state.shift))
@@ -261,23 +270,37 @@ class _Driver:
         valid = torch.cat([prompt, prompt.new_ones(len(prompt), new)], dim=1)
         mask = _causal_mask(self.decoder, hidden, valid, cache, depth)
         kwargs = kwargs | {"attention_mask": mask}
-        if shift is not None:
-            positions = kwargs["position_ids"] - shift.to(hidden.device)[:, None]
-            kwargs["position_embeddings"] = self.decoder.rotary_emb(hidden, positions)  # type: ignore[operator]
+        if shift is not None or self.past[0][0] is not self.whole:
+            kwargs["position_embeddings"] = self._rope(hidden, new, shift)
         return args, kwargs
 
-    def _cut_caches(self, before: PrefillState, state: PrefillState, cache: Any) -> None:  # noqa: ANN401
-        """Drop from the caches of the layers behind what the state dropped at full depth."""
-        assert state.cut is not None
-        if any(valid.shape != before.valid.shape for valid, _ in self.past):
+    def _rope(self, hidden: Tensor, new: int, shift: Tensor | None) -> Rope:
+        """Return the rotary positions of this step's tokens, the last of `new` ones behind the prompt.
+
+        Called without positions, a model takes the length of its first layer's cache for them, which may be cut.
+        """
+        key = id(shift), hidden.device
+        if key not in self.ropes:
+            first = self.state.next_position if shift is None else self.state.next_position - shift
+            steps = torch.arange(new - hidden.shape[1], new, device=hidden.device)
+            positions = first.to(hidden.device)[:, None] + steps
+            self.ropes[key] = self.decoder.rotary_emb(hidden, positions)  # type: ignore[operator]
+        return self.ropes[key]
+
+    def _cut_caches(self, before: PrefillState, keep: Tensor, cache: Any) -> None:  # noqa: ANN401
+        """Keep, bool (B, n) of the slots that this layer was handed, in the caches of the layers behind."""
+        here = before.valid
+        if any(valid.shape != here.shape or not torch.equal(valid.to(here.device), here) for valid, _ in self.past):
             raise ConfigError("full_depth needs layers behind that all saw what this one sees: prune at one depth")
+        slots, valid = pack(keep)
         if cache is not None:
             for layer in cache.layers[: len(self.past)]:
-                slots = state.cut.to(layer.keys.device)
-                layer.keys, layer.values = take(layer.keys, slots, 2), take(layer.values, slots, 2)
-        self.past = [(state.valid, shift) for _, shift in self.past]
-        self.run.kept = [state.kept] * len(self.past)
-        self.run.slots = [state.valid.sum(dim=1)] * len(self.past)
+                of_layer = slots.to(layer.keys.device)
+                layer.keys, layer.values = take(layer.keys, of_layer, 2), take(layer.values, of_layer, 2)
+        self.past = [(valid, shift) for _, shift in self.past]
+        left = replace(before, token=take(before.token, slots).masked_fill(~valid, -1))
+        self.run.kept = [left.kept] * len(self.past)
+        self.run.slots = [valid.sum(dim=1)] * len(self.past)
 
     def _record(self, before: PrefillState, state: PrefillState) -> None:
         same = bool(self.run.kept) and state.valid is before.valid

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pgp_lightning.attention import Rope
 
-__all__ = ["PrefillState", "take"]
+__all__ = ["PrefillState", "pack", "take"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class PrefillState:
         next_position: int64 (B,), the position of the first generated token in the model's own numbering.
         rotary: the decoder's module of rotary positions.
         shift: int64 (B,), how far positions of generated tokens move back because of `renumber`, or None.
-        cut: int64 (B, N), the slots that the caches of the layers behind keep, or None to leave them.
+        place: int64 (B, N), which of the n slots that the layer was handed a slot is, -1 if it was appended since; None
+            while they are all there.
+        behind: bool (B, n), which of those n slots the caches of the layers behind keep; None while they are all there.
     """
 
     hidden: Tensor
@@ -39,7 +41,8 @@ class PrefillState:
     next_position: Tensor
     rotary: nn.Module
     shift: Tensor | None = None
-    cut: Tensor | None = None
+    place: Tensor | None = None
+    behind: Tensor | None = None
 
     @property
     def visual(self) -> Tensor:
@@ -75,11 +78,11 @@ class PrefillState:
         mask = mask & self.valid
         if torch.equal(mask, self.valid):
             return self
-        count = mask.sum(dim=1)
-        width = int(count.max())
-        slots = mask.int().argsort(dim=1, stable=True)[:, -width:]
-        valid = torch.arange(width, device=mask.device) >= (width - count)[:, None]
-        cut = (slots if self.cut is None else self.cut.gather(1, slots)) if full_depth else self.cut
+        place, behind = self._handed()
+        if full_depth:
+            rows, gone = (self.valid & ~mask & (place >= 0)).nonzero(as_tuple=True)
+            behind = behind.index_put((rows, place[rows, gone]), torch.zeros_like(behind[0, 0]))
+        slots, valid = pack(mask)
         return replace(
             self,
             hidden=take(self.hidden, slots),
@@ -87,7 +90,8 @@ class PrefillState:
             valid=valid,
             origin=take(self.origin, slots),
             rope=(take(self.rope[0], slots), take(self.rope[1], slots)),
-            cut=cut,
+            place=take(place, slots),
+            behind=behind,
         )
 
     def replace(self, hidden: Tensor) -> PrefillState:
@@ -103,6 +107,7 @@ class PrefillState:
         cos, sin = self.rotary(hidden[:, -1:], position[:, None])
         rope = (torch.cat([self.rope[0], cos], dim=1), torch.cat([self.rope[1], sin], dim=1))
         none = torch.full_like(self.token[:, :1], -1)
+        place, behind = self._handed()
         return replace(
             self,
             hidden=hidden,
@@ -110,6 +115,8 @@ class PrefillState:
             valid=torch.cat([self.valid, torch.ones_like(self.valid[:, :1])], dim=1),
             origin=torch.cat([self.origin, none], dim=1),
             rope=rope,
+            place=torch.cat([place, none], dim=1),
+            behind=behind,
         )
 
     def renumber(self) -> PrefillState:
@@ -126,6 +133,20 @@ class PrefillState:
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, rope=(self.rope[0].to(device), self.rope[1].to(device)), **parts)
+
+    def _handed(self) -> tuple[Tensor, Tensor]:
+        """Return `place` and `behind`, also while they are None."""
+        if self.place is not None and self.behind is not None:
+            return self.place, self.behind
+        return torch.arange(self.valid.shape[1], device=self.valid.device).expand(self.valid.shape), self.valid
+
+
+def pack(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the slots of a mask (B, N) in order, padded on the left: int64 (B, n), and which are no padding: bool."""
+    count = mask.sum(dim=1)
+    width = int(count.max())
+    slots = mask.int().argsort(dim=1, stable=True)[:, mask.shape[1] - width :]
+    return slots, torch.arange(width, device=mask.device) >= (width - count)[:, None]
 
 
 def take(values: Tensor, slots: Tensor, axis: int = 1) -> Tensor:

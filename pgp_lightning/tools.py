@@ -41,7 +41,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shards.add_argument("--workers", type=int, default=0, help="processes that write; 0 writes in this one")
     shards.set_defaults(call=_shards)
 
-    given = parser.parse_args(arguments)
+    prune = commands.add_parser("prune", help="answer one question with all visual tokens and with few")
+    prune.add_argument("--image", type=Path, help="PNG, JPEG or WebP")
+    prune.add_argument("--question")
+    prune.add_argument("--scene", type=int, help="a test scene of the embedded world in place of image and question")
+    prune.add_argument("--guide", default="embedded:pgp_seed0", help="folder of an exported guide")
+    prune.add_argument("--answer-model", default="embedded:answer_model", help="folder, or OWNER/NAME on the hub")
+    prune.add_argument("--keep-ratio", type=float, default=0.05, help="share of the visual tokens that stay")
+    prune.add_argument("--layer", type=int, default=0, help="L: drop the others before this decoder layer")
+    prune.add_argument("--max-new-tokens", type=int, default=64)
+    prune.add_argument("--output", type=Path, default=Path("pruned.png"), help="picture of what was kept")
+    prune.set_defaults(call=_prune)
+
+    compare = commands.add_parser("compare", add_help=False, help="run pruning methods on the same questions")
+    compare.add_argument("rest", nargs=argparse.REMAINDER)
+    compare.set_defaults(call=_compare)
+
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # The command has options of its own, read from a class.
+    given = argparse.Namespace(call=_compare, rest=words[1:]) if words[:1] == ["compare"] else parser.parse_args(words)
     try:
         return int(given.call(given))
     except DataError as error:
@@ -99,6 +117,37 @@ def _shards(given: argparse.Namespace) -> int:
             else:
                 verify_source(source.folder)
             print(f"{split}/{source.name}: {'there' if given.action == 'build' else 'intact'}")
+    return 0
+
+
+def _prune(given: argparse.Namespace) -> int:
+    from pgp_lightning.evaluation.prune import open_picture, prune_picture
+    from pgp_lightning.training.command_line import quieten
+
+    quieten()
+    if given.scene is not None:
+        from PIL import Image
+
+        from pgp_lightning.embedded.world import draw_scene
+
+        scene = draw_scene("test", given.scene)
+        image, question = Image.fromarray(scene.image), given.question or scene.questions[0].text
+    elif given.image and given.question:
+        image, question = open_picture(given.image), given.question
+    else:
+        raise ConfigError("give --image and --question, or --scene NUMBER")
+    found = prune_picture(
+        image, question, given.guide, given.answer_model, given.keep_ratio, given.layer, given.max_new_tokens
+    )
+    found.draw(image).save(given.output)
+    print(f"question     {question}\n{found.summary()}\npicture      {given.output}")
+    return 0
+
+
+def _compare(given: argparse.Namespace) -> int:
+    from pgp_lightning.evaluation.compare import compare
+
+    compare(given.rest)
     return 0
 
 

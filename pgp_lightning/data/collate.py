@@ -58,6 +58,29 @@ class Batch:
         """Return the number of records of each source."""
         return Counter(source for source, turn in zip(self.sources, self.turns, strict=True) if turn == 0)
 
+    def select(self, rows: Sequence[int]) -> Batch:
+        """Return some rows; images stay, also those that no row is about any more."""
+        request = self.request
+        images = [request.images[row] for row in rows]
+        widest = max(request.grids[image].tokens for image in images)
+        chosen = replace(
+            request,
+            questions=[request.questions[row] for row in rows],
+            images=images,
+            relevant=None if request.relevant is None else request.relevant[list(rows), :widest],
+            other_questions=request.other_questions and [request.other_questions[row] for row in rows],
+        )
+        return replace(
+            self,
+            request=chosen,
+            answers=[self.answers[row] for row in rows],
+            sources=[self.sources[row] for row in rows],
+            keys=[self.keys[row] for row in rows],
+            types=[self.types[row] for row in rows],
+            indices=[self.indices[row] for row in rows],
+            turns=[self.turns[row] for row in rows],
+        )
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch with its tensors on a device; pinned tiles travel without blocking."""
         overlap = non_blocking or self.request.tiles.is_pinned()

@@ -155,8 +155,8 @@ class InstructionData(pl.LightningDataModule):
         """Return the names of a split's sources, as far as `setup` has read it."""
         return [source.name for source in self._splits.get(split, ())]
 
-    def sample(self, split: str, records: int) -> EvaluationLoader:
-        """Return some records of a split in order, without a trainer; call `prepare_data` first.
+    def sample(self, split: str, records: int | None = None, batch_size: int | None = None) -> EvaluationLoader:
+        """Return records of a split in order, all by default, without a trainer; call `prepare_data` first.
 
         Raises:
             ConfigError: if the manifest has no such split.
@@ -166,7 +166,7 @@ class InstructionData(pl.LightningDataModule):
 
         sources = tuple(StreamSource.load(source) for source in Manifest.load(self.manifest, self.root).sources(split))
         reader = ConversationReader(load_processor(self.base), self.turns, self.max_length, self.max_tiles)
-        return EvaluationLoader(sources, reader, self.val_batch_size, limit=records)
+        return EvaluationLoader(sources, reader, batch_size or self.val_batch_size, limit=records)
 
     def _evaluation(self, split: str, limit: int | None) -> EvaluationLoader:
         trainer = self._trainer()

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -23,7 +24,7 @@ from pgp_lightning.bottleneck import GaussianBottleneck, Posterior
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.guides.base import Guide
 from pgp_lightning.vlm.family import VLM, Attention
-from pgp_lightning.vlm.loading import load_vlm
+from pgp_lightning.vlm.loading import load_vlm, packaged
 from pgp_lightning.vlm.processor import PromptOrder
 from pgp_lightning.vlm.request import Request
 from pgp_lightning.vlm.slots import Slots, lay_out
@@ -124,6 +125,7 @@ class PosteriorGuide(Guide):
                 self.model = get_peft_model(self.vlm.model, config)
             except ValueError as error:
                 raise ConfigError(f"the adapter matches no layer of {self.vlm.base!r}: {error}") from error
+            self.model.peft_config["default"].base_model_name_or_path = self.vlm.base  # not where this machine has it
         self.bottleneck = GaussianBottleneck(
             self.vlm.width,
             gate=gate,
@@ -145,6 +147,11 @@ class PosteriorGuide(Guide):
     def visual_tokens(self, request: Request) -> Tensor:
         """Encode every image once and return V of each question's image: (B, M, d), zero on padding."""
         encoded = self.vlm.visual_tokens(request.tiles)
+        if encoded.shape[1] != request.grids[0].tokens_per_side ** 2:
+            raise ConfigError(
+                f"the guide makes {encoded.shape[1]} visual tokens of a tile, the request counts "
+                f"{request.grids[0].tokens_per_side ** 2}: tile images by the guide's own rule"
+            )
         images = [part.flatten(0, 1) for part in encoded.split([grid.tiles for grid in request.grids])]
         return pad_sequence([images[i] for i in request.images], batch_first=True)
 
@@ -234,35 +241,31 @@ class PosteriorGuide(Guide):
         (folder / "guide.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str, **overrides: Any) -> PosteriorGuide:  # noqa: ANN401
+    def from_pretrained(cls, folder: str | Path, **overrides: Any) -> PosteriorGuide:  # noqa: ANN401
         """Load a guide artefact, in evaluation mode.
 
         Args:
-            folder: what `save_pretrained` wrote.
+            folder: what `save_pretrained` wrote, or `embedded:NAME` for one that comes with the package.
             overrides: constructor arguments to change, e.g. where the base now lies.
 
         Raises:
             ConfigError: if the folder is no such artefact or the base is not the one the guide was trained on.
         """
-        folder = Path(folder)
-        path = folder / "guide.json"
-        if not path.is_file():
-            raise ConfigError(f"{folder} holds no guide: expected guide.json, as written by `pgp export`")
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if facts.get("method") != "posterior" or facts.get("method_version") != METHOD_VERSION:
-            raise ConfigError(
-                f"{path} is of method {facts.get('method')!r}, version {facts.get('method_version')}; "
-                f"this package reads 'posterior', version {METHOD_VERSION}"
-            )
+        folder = packaged(str(folder), "guides") if str(folder).startswith("embedded:") else Path(folder)
+        facts = _read_facts(folder)
         guide = cls(**{**facts["arguments"], **overrides})
         if guide.base_fingerprint != facts["base_fingerprint"]:
             raise ConfigError(
                 f"{folder} was trained on another base: {guide.arguments['base']!r} has fingerprint "
                 f"{guide.base_fingerprint}, the guide expects {facts['base_fingerprint']}; pass base= its own"
             )
-        if isinstance(guide.model, PeftModel):
-            guide.model.load_adapter(str(folder), "default", is_trainable=True)
-        guide.bottleneck.load_state_dict(load_file(folder / "bottleneck.safetensors"))
+        try:
+            if isinstance(guide.model, PeftModel):
+                guide.model.load_adapter(str(folder), "default", is_trainable=True)
+            guide.bottleneck.load_state_dict(load_file(folder / "bottleneck.safetensors"))
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(f"{folder} is damaged: {reason}; export the guide again") from error
         return guide.eval()
 
     def _lay_out(self, prompts: list[Any], request: Request, subset: Subset | None, cut: bool = False) -> Slots:
@@ -276,6 +279,29 @@ class PosteriorGuide(Guide):
             inputs_embeds=embeddings, attention_mask=slots.mask, position_ids=slots.positions, use_cache=False
         ).last_hidden_state
         return hidden
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    """Read an artefact's `guide.json`.
+
+    Raises:
+        ConfigError: if there is none, or it is of another method or version.
+    """
+    path = folder / "guide.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder} holds no guide: expected guide.json, as written by `pgp export`")
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        method, version = facts.get("method"), facts.get("method_version")
+        _ = facts["arguments"], facts["base_fingerprint"]
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): export the guide again") from error
+    if method != "posterior" or version != METHOD_VERSION:
+        raise ConfigError(
+            f"{path} is of method {method!r}, version {version}; "
+            f"this package reads 'posterior', version {METHOD_VERSION}"
+        )
+    return facts
 
 
 def _take(visual: Tensor, subset: Subset | None) -> Tensor:

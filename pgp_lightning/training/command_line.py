@@ -69,6 +69,7 @@ def quieten() -> None:
     for noise in (
         ".*is_gradient_checkpointing.*",  # peft asks transformers by an old name
         ".*isinstance.treespec, LeafSpec.*",  # lightning asks torch by an old name
+        ".*Couldn't infer the batch indices.*",  # batches know their own keys
         ".*module.s. in eval mode at the start of training.*",  # the frozen vision tower is meant to be
     ):
         warnings.filterwarnings("ignore", message=noise)

@@ -48,6 +48,8 @@ class VLM(ABC):
     family: ClassVar[str]
     mean: ClassVar[tuple[float, float, float]]
     std: ClassVar[tuple[float, float, float]]
+    # What a vision layer calls its self-attention.
+    vision_attention_name: ClassVar[str] = "self_attn"
     # Full module paths: vision towers have projections of the same names and stay as they are.
     adapter_targets: ClassVar[str] = (
         r"(.*\.)?language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
@@ -172,6 +174,17 @@ class VLM(ABC):
     def vision_layers(self) -> nn.ModuleList:
         """The vision tower's layers, first to last."""
 
+    def vision_attention(self, layer: int) -> nn.Module:
+        """Return the self-attention of a vision layer, by its index, which may count from the end.
+
+        Raises:
+            ConfigError: if there is no such layer.
+        """
+        count = len(self.vision_layers)
+        if not -count <= layer < count:
+            raise ConfigError(f"there is no vision layer {layer}: the tower has {count}")
+        return self.vision_layers[layer].get_submodule(self.vision_attention_name)
+
     @property
     def width(self) -> int:
         """Hidden size d of the language model."""
@@ -183,7 +196,16 @@ class VLM(ABC):
         return slots
 
     def visual_tokens(self, tiles: Tensor) -> Tensor:
-        """Encode and project tiles: uint8 (T, 3, S, S) to visual tokens (T, n, d) in the model's dtype."""
+        """Encode and project tiles: uint8 (T, 3, S, S) to visual tokens (T, n, d) in the model's dtype.
+
+        Raises:
+            ConfigError: if tiles are of another size than the model's.
+        """
+        if self._processor is not None and tiles.shape[-1] != self._processor.rule.tile_size:
+            raise ConfigError(
+                f"{self.base} takes tiles of {self._processor.rule.tile_size} pixels, got {tiles.shape[-1]}: "
+                "tile the images by its own rule; guide and answer model must be of one family"
+            )
         return self.encode(self.normalise(tiles, self.model.dtype))
 
     @classmethod

@@ -42,6 +42,7 @@ class InternVL(VLM):
     # The pixel statistics of ImageNet, with which every InternViT was trained.
     mean = (0.485, 0.456, 0.406)
     std = (0.229, 0.224, 0.225)
+    vision_attention_name = "attention"
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -31,6 +31,7 @@ __all__ = [
     "load_processor",
     "load_tokenizer",
     "load_vlm",
+    "packaged",
     "read_config",
     "resolve_base",
 ]
@@ -38,6 +39,7 @@ __all__ = [
 FAMILIES: tuple[type[VLM], ...] = (InternVL, Llava)
 # Weights without pickle, and no code.
 _WANTED = ["*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt", "*.jinja"]
+_PACKAGED = "embedded:"
 _REPOSITORY = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
@@ -51,13 +53,8 @@ def resolve_base(base: str, download: bool = True) -> Path:
     Raises:
         ConfigError: if there is no such model.
     """
-    if base.startswith("embedded:"):
-        name = base.removeprefix("embedded:")
-        folder = Path(__file__).parents[1] / "embedded" / "models" / name
-        if not name.isidentifier() or not folder.is_dir():
-            known = ", ".join(sorted(f"embedded:{p.name}" for p in folder.parent.glob("*") if p.is_dir()))
-            raise ConfigError(f"no model at {base!r}: the package holds {known or 'none'}")
-        return folder
+    if base.startswith(_PACKAGED):
+        return packaged(base, "models")
     folder = Path(base).expanduser()
     if (folder / "config.json").is_file():
         return folder
@@ -67,6 +64,20 @@ def resolve_base(base: str, download: bool = True) -> Path:
             "embedded:NAME, or a repository OWNER/NAME"
         )
     return _download(base, download)
+
+
+def packaged(name: str, kind: Literal["models", "guides"]) -> Path:
+    """Return the folder of `embedded:NAME`, a model or a guide that comes with the package.
+
+    Raises:
+        ConfigError: if there is none of that name.
+    """
+    bare = name.removeprefix(_PACKAGED)
+    folder = Path(__file__).parents[1] / "embedded" / kind / bare
+    if not bare.isidentifier() or not folder.is_dir():
+        known = ", ".join(sorted(f"{_PACKAGED}{p.name}" for p in folder.parent.glob("*") if p.is_dir()))
+        raise ConfigError(f"no {kind.removesuffix('s')} at {name!r}: the package holds {known or 'none'}")
+    return folder
 
 
 def _download(base: str, download: bool) -> Path:

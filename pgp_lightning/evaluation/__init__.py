@@ -1,0 +1,1 @@
+"""Evaluation: what pruning keeps, what it costs, and reports of both."""
