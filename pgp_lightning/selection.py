@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from pgp_lightning.errors import ConfigError
 
-__all__ = ["keep_count", "keep_top", "recall"]
+__all__ = ["equal_shares", "keep_count", "keep_top", "max_min_diversity", "recall"]
 
 # Far above float64's error in tokens * ratio, far below any fraction a budget could mean.
 _ROUNDING_GUARD = 1e-6
+# Rows of the similarity matrix that are in memory at a time.
+_CHUNK = 256
 
 
 def keep_count(tokens: int, ratio: float) -> int:
@@ -31,6 +34,11 @@ def keep_count(tokens: int, ratio: float) -> int:
     if tokens < 1:
         raise ValueError(f"expected at least one visual token, got {tokens}")
     return max(1, int(tokens * ratio + _ROUNDING_GUARD))
+
+
+def equal_shares(count: int, parts: int) -> list[int]:
+    """Split a budget among an image's tiles: equal shares, the first tiles get one more where it does not divide."""
+    return [count // parts + (part < count % parts) for part in range(parts)]
 
 
 def keep_top(importance: Tensor, ratio: float | None = None, *, count: int | None = None) -> Tensor:
@@ -62,6 +70,47 @@ def keep_top(importance: Tensor, ratio: float | None = None, *, count: int | Non
     order = importance.argsort(dim=1, descending=True, stable=True)
     first = torch.arange(importance.shape[1], device=importance.device) < budget[:, None]
     return torch.zeros_like(first).scatter(1, order, first)
+
+
+@torch.no_grad()
+def max_min_diversity(features: Tensor, count: int) -> Tensor:
+    """Choose tokens that are as unlike each other as can be, greedily (DivPrune's max-min diversity problem).
+
+    The first is the token whose nearest neighbour is farthest; each next one is the token farthest from its nearest
+    among those chosen. Distance is 1 - cosine, in float32; of equally far tokens the one at the lowest position wins.
+    Tokens are chosen once, also where all that are left repeat a chosen one. Memory is O(N d): a few rows of the
+    similarity matrix at a time for the first token, one row for every other.
+
+    Args:
+        features: (N, d).
+        count: how many to choose, 1 to N.
+
+    Returns:
+        Positions in the order of choice, int64 (count,).
+
+    Raises:
+        ValueError: if the features are not (N, d) and finite, or the count is out of range.
+    """
+    if features.ndim != 2 or not 1 <= count <= len(features):
+        raise ValueError(f"expected features (N, d) and a count from 1 to N, got {tuple(features.shape)} and {count}")
+    if not bool(features.isfinite().all()):
+        raise ValueError("features must be finite; look at the vision tower's output")
+    unit = normalize(features.float(), dim=1)
+    # Similarity to the nearest other token. Each pair is computed once, so both of a pair have the same.
+    nearest = unit.new_full((len(unit),), -torch.inf)
+    for first in range(0, len(unit), _CHUNK):
+        rows = unit[first : first + _CHUNK] @ unit[first:].T
+        rows = rows.masked_fill(~torch.ones_like(rows, dtype=torch.bool).triu(1), -torch.inf)
+        nearest[first:] = torch.maximum(nearest[first:], rows.amax(dim=0))
+        nearest[first : first + _CHUNK] = torch.maximum(nearest[first : first + _CHUNK], rows.amax(dim=1))
+    chosen = [nearest.argmin(dim=0, keepdim=True)]
+    nearest = torch.full_like(nearest, -torch.inf)
+    taken = torch.zeros_like(nearest, dtype=torch.bool)
+    while len(chosen) < count:
+        nearest = torch.maximum(nearest, unit @ unit[chosen[-1]][0])
+        taken[chosen[-1]] = True
+        chosen.append(nearest.masked_fill(taken, torch.inf).argmin(dim=0, keepdim=True))
+    return torch.cat(chosen)
 
 
 def recall(importance: Tensor, relevant: Tensor, ratio: float) -> Tensor:

@@ -62,7 +62,8 @@ class Guided(Pruner):
             )
         self.guide = guide
         self.layers, self.keep_ratio = (layer,), keep_ratio
-        self.renumber, self.skip_tiles, self.max_tiles_kept = renumber, skip_tiles, max_tiles_kept
+        self.renumber, self.max_tiles_kept = renumber, max_tiles_kept
+        self.skip_tiles = skip_tiles and layer == 0
         self.keep: Tensor | None = None
 
     @contextmanager
@@ -79,7 +80,7 @@ class Guided(Pruner):
             )
         self.keep = self._choose(self.importance, request)
         pixels = inputs.get("pixel_values")
-        if self.layers != (0,) or not self.skip_tiles or pixels is None:
+        if not self.skip_tiles or pixels is None:
             yield
             return
         with vlm.skipping_tiles(_by_tile(self.keep, request)[2].any(dim=1)):

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pgp_lightning import selection
 from pgp_lightning.errors import ConfigError
-from pgp_lightning.selection import keep_count, keep_top, recall
+from pgp_lightning.selection import equal_shares, keep_count, keep_top, max_min_diversity, recall
 
 # Few distinct values, so ties are common; padding anywhere, but a first token in every row.
 VALUES = st.sampled_from([-2.0, -0.0, 0.0, 0.5, 0.5, 1.0, 3e38, -math.inf, -math.inf])
@@ -190,3 +191,72 @@ def test_recall_refuses_what_it_cannot_compare():
         recall(torch.zeros(1, 3), torch.zeros(1, 4, dtype=torch.bool), 0.5)
     with pytest.raises(ValueError, match="NaN"):
         recall(torch.full((1, 3), math.nan), torch.ones(1, 3, dtype=torch.bool), 0.5)
+
+
+@given(st.integers(0, 5000), st.integers(1, 13))
+def test_equal_shares_are_exact_and_differ_by_one_at_most(count: int, parts: int):
+    shares = equal_shares(count, parts)
+    assert (len(shares), sum(shares)) == (parts, count)
+    assert max(shares) - min(shares) <= 1
+    assert shares == sorted(shares, reverse=True)
+
+
+# Corners of a cube: all of one length, and cosines are exact in float32, so ties and repetitions are the rule.
+CORNERS = st.lists(st.lists(st.sampled_from([-1, 1]), min_size=4, max_size=4), min_size=1, max_size=12)
+
+
+def slow_max_min(corners: list[list[int]], count: int) -> list[int]:
+    """Choose by the definition: look at every pair, the first of equals wins."""
+
+    def distance(i: int, j: int) -> int:
+        return -sum(a * b for a, b in zip(corners[i], corners[j], strict=True))
+
+    tokens = range(len(corners))
+    alone = [min((distance(i, j) for j in tokens if j != i), default=0) for i in tokens]
+    chosen = [alone.index(max(alone))]
+    while len(chosen) < count:
+        left = {i: min(distance(i, j) for j in chosen) for i in tokens if i not in chosen}
+        chosen.append(next(i for i in left if left[i] == max(left.values())))
+    return chosen
+
+
+@given(CORNERS, st.data())
+def test_max_min_diversity_equals_the_slow_twin(corners: list[list[int]], data: st.DataObject):
+    count = data.draw(st.integers(1, len(corners)))
+    lengths = torch.tensor(data.draw(st.lists(st.sampled_from([0.25, 1.0, 8.0]), min_size=12, max_size=12)))
+    features = torch.tensor(corners, dtype=torch.float32) * lengths[: len(corners), None]
+    assert max_min_diversity(features, count).tolist() == slow_max_min(corners, count)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_max_min_diversity_does_not_depend_on_how_much_is_in_memory(chunk: int, monkeypatch: pytest.MonkeyPatch):
+    features = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    whole = max_min_diversity(features, 40)
+    monkeypatch.setattr(selection, "_CHUNK", chunk)
+    assert torch.equal(max_min_diversity(features, 40), whole)
+
+
+def test_max_min_diversity_with_a_greater_count_goes_on_where_a_smaller_one_stopped():
+    features = torch.randn(300, 16, generator=torch.Generator().manual_seed(1))
+    order = max_min_diversity(features, 300)
+    assert order.sort().values.tolist() == list(range(300))
+    for count in (1, 2, 50):
+        assert torch.equal(max_min_diversity(features, count), order[:count])
+
+
+def test_max_min_diversity_takes_half_precision_and_equal_or_zero_features():
+    features = torch.randn(50, 8, generator=torch.Generator().manual_seed(2)).bfloat16()
+    assert torch.equal(max_min_diversity(features, 9), max_min_diversity(features.float(), 9))
+    assert max_min_diversity(torch.ones(5, 4), 5).tolist() == [0, 1, 2, 3, 4]
+    assert max_min_diversity(torch.zeros(3, 4), 3).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("shape", "count"), [((4, 2), 0), ((4, 2), 5), ((4,), 1), ((1, 4, 2), 1)])
+def test_max_min_diversity_refuses_what_it_cannot_choose_from(shape: tuple[int, ...], count: int):
+    with pytest.raises(ValueError, match="count from 1 to N"):
+        max_min_diversity(torch.zeros(shape), count)
+
+
+def test_max_min_diversity_refuses_what_is_not_finite():
+    with pytest.raises(ValueError, match="must be finite"):
+        max_min_diversity(torch.tensor([[1.0, math.nan], [0.0, 1.0]]), 1)
