@@ -43,8 +43,10 @@ def main() -> None:
     """Compare it with the controls that every comparison has."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=12)
+    parser.add_argument("--manifest", default="data_manifests/embedded.yaml")
     given = parser.parse_args()
-    benchmark = Benchmark({"longest": LongestTokens()}, keep_ratios=(0.2,), images=given.images, max_new_tokens=8)
+    methods = {"longest": LongestTokens()}
+    benchmark = Benchmark(methods, keep_ratios=(0.2,), manifest=given.manifest, images=given.images, max_new_tokens=8)
     with tempfile.TemporaryDirectory() as folder:
         benchmark.run(Path(folder))
         print(build_report(folder, reference="longest").markdown())

@@ -14,23 +14,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-CONFIG = Path("configs/pgp.yaml")
-
 
 def main() -> None:
     """Train and export."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where runs and guides go")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--max_steps", type=int, help="for a trial")
+    parser.add_argument("--config", type=Path, default=Path("configs/pgp.yaml"), help="another one for a trial")
     given = parser.parse_args()
     for seed in given.seeds:
         run, guide = given.folder / f"run_seed{seed}", given.folder / f"pgp_seed{seed}"
         if guide.exists():
             continue
-        fit = ["-m", "pgp_lightning", "fit", "--config", str(CONFIG), "--trainer.default_root_dir", str(run)]
+        fit = ["-m", "pgp_lightning", "fit", "--config", str(given.config), "--trainer.default_root_dir", str(run)]
         fit += ["--seed_everything", str(seed), "--model.init_args.seed", str(seed), "--data.init_args.seed", str(seed)]
-        fit += ["--trainer.max_steps", str(given.max_steps)] if given.max_steps else []
         fit += ["--ckpt_path", "last"] if any(run.glob("checkpoints/*.ckpt")) else []
         export = ["-m", "pgp_lightning.tools", "export", str(run), str(guide), "--verify"]
         for arguments in (fit, export):
