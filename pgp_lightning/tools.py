@@ -125,7 +125,11 @@ def _prune(given: argparse.Namespace) -> int:
     from pgp_lightning.training.command_line import quieten
 
     quieten()
+    if given.output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or not given.output.parent.is_dir():
+        raise ConfigError(f"--output must be a PNG, JPEG or WebP file in a folder that exists, got {given.output}")
     if given.scene is not None:
+        if given.scene < 0:
+            raise ConfigError(f"--scene must be at least 0, got {given.scene}")
         from PIL import Image
 
         from pgp_lightning.embedded.world import draw_scene

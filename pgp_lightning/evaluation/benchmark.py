@@ -24,10 +24,11 @@ from torch import Tensor
 
 from pgp_lightning.data.collate import Batch
 from pgp_lightning.data.module import InstructionData
-from pgp_lightning.errors import ConfigError
+from pgp_lightning.errors import ConfigError, DataError
 from pgp_lightning.evaluation.cost import Schedule, prune_cost
 from pgp_lightning.evaluation.guide_cost import scoring_flops
 from pgp_lightning.evaluation.latency import PhaseTimes, median_times, phase_times
+from pgp_lightning.evaluation.resume import check_settings, done_samples, read_json
 from pgp_lightning.evaluation.scoring import Answer, exact_match, load_answers
 from pgp_lightning.guides.base import Remember
 from pgp_lightning.guides.simple import OracleGuide, RandomGuide, UniformGuide
@@ -37,6 +38,7 @@ from pgp_lightning.vlm.family import VLM, Attention
 from pgp_lightning.vlm.inputs import generate, prompt_inputs, read_answers
 from pgp_lightning.vlm.loading import load_vlm
 from pgp_lightning.vlm.processor import PromptOrder
+from pgp_lightning.vlm.request import Request
 
 __all__ = ["Benchmark", "Method"]
 
@@ -125,8 +127,12 @@ class Benchmark:
         for name, value in numbers.items():
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
-        if not keep_ratios or len(set(keep_ratios)) < len(keep_ratios):
-            raise ConfigError(f"keep_ratios must be different budgets, at least one, got {list(keep_ratios)}")
+        budgets = {f"{100 * ratio:g}" for ratio in keep_ratios}
+        if not keep_ratios or len(budgets) < len(keep_ratios) or not all(0 < ratio < 1 for ratio in keep_ratios):
+            raise ConfigError(
+                f"keep_ratios must be different budgets in (0, 1), at least one, got {list(keep_ratios)}; "
+                "the full model always runs"
+            )
         if unknown := set(keep_importance) - {*methods, "random", "uniform", "oracle"}:
             raise ConfigError(f"keep_importance names {sorted(unknown)}, which are no methods")
         for name in methods:
@@ -155,7 +161,7 @@ class Benchmark:
         """
         described = described or {}
         folder.mkdir(parents=True, exist_ok=True)
-        _check_settings(folder / SETTINGS, described)
+        check_settings(folder / SETTINGS, described)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.data.prepare_data()
         models = [load_vlm(base, getattr(torch, self.dtype), self.attention) for base in self._bases()]
@@ -163,7 +169,9 @@ class Benchmark:
             vlm.model.eval().to(device)
         loader = self.data.sample(self.split, self.images)
         batches = _with_other_questions(iter(loader))
-        first = next(batches)
+        first = next(batches, None)
+        if first is None:
+            raise DataError(f"none of the records of {self.split!r} in {self.manifest} can be used")
         methods = self._methods(folder, described, device, first.request.relevant is not None)
         rejected: Counter[str] = Counter()
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -179,6 +187,8 @@ class Benchmark:
             print(f"left out: {count} records, {reason}")
         times = self._times(models, methods)
         summary = {m.name: _summary(folder, m, described) | {"latency": times.get(m.name, {})} for m in methods}
+        # Methods that were left out this time stay described.
+        summary = read_json(folder / METHODS) | summary
         (folder / METHODS).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
     def _bases(self) -> list[str]:
@@ -201,7 +211,7 @@ class Benchmark:
             found += [Method(label, pruner.at(ratio)) for ratio in self.keep_ratios]
         if self.guide_alone:
             found += [Method(label, KeepAll()) for label in ALONE]
-        return [replace(method, done=_done(_lines(folder, method.name))) for method in found]
+        return [replace(method, done=done_samples(_lines(folder, method.name))) for method in found]
 
     def _batch(self, models: list[VLM], methods: list[Method], files: Mapping[str, TextIO], batch: Batch) -> None:
         """Answer a batch with every method that has not, and write the answers."""
@@ -222,7 +232,7 @@ class Benchmark:
 
     def _answers(self, vlm: VLM, method: Method, batch: Batch, features: Tensor | None) -> list[Answer]:
         """Answer a batch with one method."""
-        request, pruner, stop = batch.request, method.pruner, vlm.processor.stop_id
+        request, pruner, stop = _asked(method, batch.request), method.pruner, vlm.processor.stop_id
         inputs = prompt_inputs(vlm, request, ALONE.get(method.label, self.order), features)
         with pruned(vlm, pruner, inputs, request) as run:
             tokens = generate(vlm, inputs, self.max_new_tokens)
@@ -284,10 +294,18 @@ class Benchmark:
             for method in methods:
                 vlm = models[int(method.label in ALONE)]
                 # A new request for each, so that no guide remembers it.
-                request = batch.select(one).to(vlm.model.device).request
+                request = _asked(method, batch.select(one).to(vlm.model.device).request)
                 inputs = prompt_inputs(vlm, request, ALONE.get(method.label, self.order))
                 runs[method.name].append(phase_times(vlm, inputs, method.pruner, request, self.max_new_tokens))
         return {name: median_times(found) for name, found in runs.items()}
+
+
+def _asked(method: Method, request: Request) -> Request:
+    """Return the request, for the oracle with no token marked if none of a batch are known: it is random there."""
+    if method.label != "oracle" or request.relevant is not None:
+        return request
+    shape, device = (len(request), max(request.counts)), request.tiles.device
+    return replace(request, relevant=torch.zeros(shape, dtype=torch.bool, device=device))
 
 
 def _recall(kept: Tensor, relevant: Tensor | None) -> float | None:
@@ -302,7 +320,9 @@ def _with_other_questions(batches: Iterator[Batch]) -> Iterator[Batch]:
 
     A pure function of the order of images, so that it does not depend on the batch size.
     """
-    first = next(batches)
+    first = next(batches, None)
+    if first is None:
+        return
     waiting = [first]
     if len(first.request.grids) == 1 and (second := next(batches, None)) is not None:
         waiting.append(second)
@@ -330,41 +350,6 @@ def _lines(folder: Path, name: str) -> Path:
     return folder / f"{name}.jsonl"
 
 
-def _done(path: Path) -> set[tuple[str, int]]:
-    """Return the samples that a file holds, and take away a last line that a killed run left unfinished."""
-    if not path.is_file():
-        return set()
-    answers = load_answers(path, partial=True)
-    whole = "".join(answer.to_json() + "\n" for answer in answers)
-    if whole != path.read_text(encoding="utf-8", errors="replace"):
-        part = path.with_suffix(".part")
-        part.write_text(whole, encoding="utf-8")
-        part.replace(path)
-    return {answer.sample for answer in answers}
-
-
-def _check_settings(path: Path, described: Mapping[str, Any]) -> None:
-    """Compare a configuration with the one that a folder's results are of, and note it.
-
-    Methods may be added or left out; one that has results must be as it was. The batch size may change.
-
-    Raises:
-        ConfigError: naming the first key that differs.
-    """
-    now = json.loads(json.dumps({key: value for key, value in described.items() if key != "batch_size"}))
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        flat = [{**settings, **settings.get("methods", {})} for settings in (before, now)]
-        for key in flat[0].keys() & flat[1].keys() - {"methods", "keep_ratios", "keep_importance", "timed_images"}:
-            if flat[0][key] != flat[1][key]:
-                raise ConfigError(
-                    f"{path.parent} holds results with another {key} ({flat[0][key]}, now {flat[1][key]}): "
-                    "give another folder, or remove it"
-                )
-        now["methods"] = {**before.get("methods", {}), **now.get("methods", {})}
-    path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
-
-
 def _summary(folder: Path, method: Method, described: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the report says of a method."""
     answers, pruner = load_answers(_lines(folder, method.name)), method.pruner
@@ -385,6 +370,7 @@ def _summary(folder: Path, method: Method, described: Mapping[str, Any]) -> dict
 
 def _named(described: Mapping[str, Any]) -> str:
     """Return a class and its arguments as a configuration has them, the ones that are text: Guide(base, order)."""
-    name = next(part for part in described["class_path"].split(".") if part[0].isupper())
+    parts = described["class_path"].split(".")
+    name = next((part for part in parts if part[0].isupper()), parts[-1])
     inner = described.get("init_args", {}).values()
     return f"{name}({', '.join(_named(v) if isinstance(v, dict) else v for v in inner if isinstance(v, (str, dict)))})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from pgp_lightning.errors import ConfigError
 from pgp_lightning.evaluation.benchmark import ALONE, Benchmark
 from pgp_lightning.evaluation.explorer import write_explorer
 from pgp_lightning.evaluation.report import paired_markdown, paired_table, write_report
-from pgp_lightning.training.command_line import quieten, reason_of
+from pgp_lightning.training.command_line import quieten, reason_of, terse
 from pgp_lightning.training.images import reassemble
 from pgp_lightning.vlm.tiles import TileGrid
 
@@ -44,11 +45,13 @@ def compare(arguments: Sequence[str]) -> Path:
     parser.add_class_arguments(Benchmark, as_group=False)
     try:
         given = parser.parse_args(list(arguments))
-        described = _plain(parser, given)
+        described = _plain(given)
         built: Any = parser.instantiate(given)
         own = ("config", "output", "reference", "explore", "pairs", "split_pairs")
         benchmark = Benchmark(**{key: value for key, value in built.items() if key not in own})
-    except (ArgumentError, TypeError, ValueError) as error:
+    except ArgumentError as error:
+        raise ConfigError(terse(str(error))) from error
+    except (TypeError, ValueError) as error:
         raise ConfigError(reason_of(error)) from error
     for key in own:
         described.pop(key, None)
@@ -65,11 +68,9 @@ def compare(arguments: Sequence[str]) -> Path:
     return output
 
 
-def _plain(parser: ArgumentParser, given: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Return a parsed configuration as JSON has it."""
-    import yaml
-
-    found: dict[str, Any] = yaml.safe_load(parser.dump(given, skip_none=False))
+def _plain(given: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return a parsed configuration as JSON has it, what is not set included."""
+    found: dict[str, Any] = json.loads(json.dumps(given.as_dict(), default=str))
     return found
 
 

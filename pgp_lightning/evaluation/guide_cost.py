@@ -5,9 +5,11 @@ A guide or pruner of your own says so with `@guide_flops.register` or `@scoring_
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import singledispatch
 
 from pgp_lightning.evaluation.flops import (
+    Decoder,
     attention_flops,
     layer_flops,
     posterior_flops,
@@ -47,14 +49,16 @@ def _(pruner: Guided, vlm: VLM, request: Request, text: list[int]) -> list[int]:
 
 @scoring_flops.register
 def _(pruner: FastV, vlm: VLM, request: Request, text: list[int]) -> list[int]:
-    if pruner.score_layer <= pruner.layers[0]:
-        return [0] * len(request)
-    # The layers before the scoring one once more, behind a vision tower that runs once more.
     config, found = vlm.model.config, []
     for slots, image in zip(text, request.images, strict=True):
         grid = request.grids[image]
-        layers = layer_flops(config, slots + grid.tokens) * (pruner.score_layer - 1)
-        found.append(vision_flops(config, grid.tiles) + projector_flops(config, grid.tiles) + layers)
+        prompt = slots + grid.tokens
+        cost = Decoder(config).rows(1 if pruner.query == "last" else prompt, prompt, project=True)
+        if pruner.score_layer > pruner.layers[0]:
+            # A pass of its own: the layers before the scoring one, behind the vision tower, once more.
+            cost += layer_flops(config, prompt) * (pruner.score_layer - 1)
+            cost += vision_flops(config, grid.tiles) + projector_flops(config, grid.tiles)
+        found.append(cost)
     return found
 
 
@@ -76,7 +80,7 @@ def _(guide: Remember, request: Request) -> list[int]:
 
 @guide_flops.register
 def _(guide: AnotherQuestion, request: Request) -> list[int]:
-    return guide_flops(guide.guide, request)
+    return guide_flops(guide.guide, replace(request, questions=request.other_questions or request.questions))
 
 
 @guide_flops.register

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pgp_lightning.data.collate import Batch
 from pgp_lightning.errors import ConfigError
-from pgp_lightning.evaluation.scoring import exact_match
+from pgp_lightning.evaluation.scoring import HALF_MAX, exact_match
 from pgp_lightning.prefill import Pruner, pruned
 from pgp_lightning.training.means import Means
 from pgp_lightning.vlm.family import Attention
@@ -156,7 +156,7 @@ class ImportanceShards(BasePredictionWriter):
         for row, (key, turn, n) in enumerate(zip(prediction["keys"], prediction["turns"], counts, strict=True)):
             sample: dict[str, Any] = {"__key__": f"{key}/{turn}"}
             if "importance" in prediction:
-                sample["importance.npy"] = _npy(prediction["importance"][row, :n].numpy().astype(np.float16))
+                sample["importance.npy"] = _npy(_half(prediction["importance"][row, :n].numpy()))
             if "kept" in prediction:
                 sample["kept.npy"] = _npy(prediction["kept"][row, :n].numpy())
             if "answers" in prediction:
@@ -168,6 +168,11 @@ class ImportanceShards(BasePredictionWriter):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+def _half(values: np.ndarray) -> np.ndarray:
+    """Return importance as float16, what is beyond its range brought back to it."""
+    return np.where(np.isfinite(values), values.clip(-HALF_MAX, HALF_MAX), values).astype(np.float16)
 
 
 def _npy(values: np.ndarray) -> bytes:

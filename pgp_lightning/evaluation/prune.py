@@ -114,6 +114,8 @@ def prune_picture(
     """
     if not question.strip():
         raise ConfigError("the question is empty: give it with --question")
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     scorer = PosteriorGuide.from_pretrained(guide)
     vlm = load_vlm(answer_model)
     check_pair(scorer.vlm.processor, vlm.processor)

@@ -8,6 +8,7 @@ is an argument; README.md lists them.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import warnings
 from pathlib import Path
@@ -293,8 +294,8 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         method, version = facts.get("method"), facts.get("method_version")
-        _ = facts["arguments"], facts["base_fingerprint"]
-    except (ValueError, KeyError, AttributeError) as error:
+        _ = facts["base_fingerprint"], inspect.signature(PosteriorGuide).bind(**facts["arguments"])
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({error}): export the guide again") from error
     if method != "posterior" or version != METHOD_VERSION:
         raise ConfigError(

@@ -22,7 +22,7 @@ from pgp_lightning.errors import ConfigError, DataError
 from pgp_lightning.training import callbacks, health, images, intake  # noqa: F401 (a config may name their classes alone)
 from pgp_lightning.training.run import RunRecord, checkpoints, differences, last_checkpoint, read_record
 
-__all__ = ["RunCLI", "SaveRunConfig", "TerseParser"]
+__all__ = ["RunCLI", "SaveRunConfig", "TerseParser", "quieten", "reason_of", "terse"]
 
 
 class TerseParser(LightningArgumentParser):
@@ -32,11 +32,13 @@ class TerseParser(LightningArgumentParser):
         """Print what is wrong and exit with code 2; raise instead if the parser must not exit."""
         if not self.exit_on_error:
             raise ArgumentError(None, message) from ex
-        sys.stderr.write(f"error: {_terse(message)}\n")
+        hint = "arguments are required" in message
+        remedy = " (give a configuration, e.g. --config configs/pgp.yaml)" if hint else ""
+        sys.stderr.write(f"error: {terse(message)}{remedy}\n")
         sys.exit(2)
 
 
-def _terse(message: str) -> str:
+def terse(message: str) -> str:
     """Reduce the parser's account of every type it tried to what the user got wrong."""
     noise = (
         "Does not validate against",
@@ -51,8 +53,6 @@ def _terse(message: str) -> str:
         text = line.strip().removeprefix("- ")
         if text and text not in kept and not text.startswith((*noise, *unprintable, "Given value type:")):
             kept.append(text)
-    if "arguments are required" in message:
-        kept.append("(give a configuration, e.g. --config configs/pgp.yaml)")
     return " ".join(kept)
 
 

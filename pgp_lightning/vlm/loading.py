@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -73,9 +72,10 @@ def packaged(name: str, kind: Literal["models", "guides"]) -> Path:
         ConfigError: if there is none of that name.
     """
     bare = name.removeprefix(_PACKAGED)
-    folder = Path(__file__).parents[1] / "embedded" / kind / bare
+    there = Path(__file__).parents[1] / "embedded" / kind
+    folder = there / bare
     if not bare.isidentifier() or not folder.is_dir():
-        known = ", ".join(sorted(f"{_PACKAGED}{p.name}" for p in folder.parent.glob("*") if p.is_dir()))
+        known = ", ".join(sorted(f"{_PACKAGED}{p.name}" for p in there.glob("*") if p.is_dir()))
         raise ConfigError(f"no {kind.removesuffix('s')} at {name!r}: the package holds {known or 'none'}")
     return folder
 
@@ -255,7 +255,8 @@ def as_vlm(model: nn.Module) -> VLM:
     Raises:
         ConfigError: if it is of no family that is supported.
     """
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    unwrap = getattr(model, "get_base_model", None)  # peft's
+    inner: Any = unwrap() if callable(unwrap) else model
     for family in FAMILIES:
         if family.is_family_of(inner):
             return family(inner, None, type(inner).__name__)

@@ -1,0 +1,92 @@
+"""The benchmark of the pruned prefill: what it predicts is what runs, and its hook clock sees our hooks alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """The script as a module; it imports its neighbour as a script does."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import prune_speed
+
+    return prune_speed
+
+
+def bench_of(benchmark, batch=1, layers=None):
+    model = benchmark.build("tiny", layers, torch.float32, torch.device("cpu"))
+    return benchmark.Bench(model, tiles=5, text=60, batch=batch, rows_too=True)
+
+
+def counted(step) -> int:
+    def attention(query, key, value, *rest, **options):
+        return 4 * query[0] * query[1] * query[2] * key[2] * query[3]
+
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={kernel: attention}) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_what_is_predicted_is_what_runs(benchmark, batch):
+    bench = bench_of(benchmark, batch)
+    assert list(bench.cases) == ["full", "5 %, L = 0", "5 %, short prompt", "5 %, L = 2", "FastV 5 %, L = 2",
+                                 "20 %, L = 9", "FastV 20 %, L = 9"]  # fmt: skip
+    for name, case in bench.cases.items():
+        assert counted(partial(bench.run, case)) == case.flops, name
+    # The short prompt is what pruning before the first layer leaves, without our package.
+    assert bench.cases["5 %, L = 0"].flops == bench.cases["5 %, short prompt"].flops
+
+
+def test_layers_below_a_budgets_are_the_last(benchmark):
+    assert "20 %, L = 2" in bench_of(benchmark, layers=3).cases
+
+
+def test_the_clock_of_hooks_runs_in_hooks_only(benchmark):
+    bench = bench_of(benchmark, layers=3)
+    case = bench.cases["5 %, L = 2"]
+    bench.watch(case)
+    layers, slow = bench.model.model.language_model.layers, 0.05
+    # Slow layers are no hooks of ours.
+    handles = [layer.mlp.register_forward_hook(lambda *given: time.sleep(slow)) for layer in layers]
+    bench.watch(case)
+    for handle in handles:
+        handle.remove()
+    assert case.hooks[1] < 0.5
+    pruner = case.pruner
+    before_layer = pruner.before_layer
+
+    def slowly(depth, state):
+        time.sleep(slow)
+        return before_layer(depth, state)
+
+    pruner.before_layer = slowly
+    bench.watch(case)
+    assert case.hooks[2] > 0.5
+    assert all(0 < around < 1 for around in case.around)
+
+
+def test_the_script_runs_on_a_tiny_shape(tmp_path):
+    command = [sys.executable, str(FOLDER / "prune_speed.py"), "--shape", "tiny", "--layers", "3", "--repeats", "2"]
+    command += ["--threads", "1", "--rows", "--json", str(tmp_path / "speed.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads((tmp_path / "speed.json").read_text())
+    cases = result["cases"]
+    assert cases["full"]["ratio"] == cases["full"]["predicted"] == 1
+    pruned = [one for one in cases.values() if one["hooks"] is not None]
+    assert len(pruned) == 5 and all(0 < one["predicted"] < 1 for one in pruned)
+    assert "time to FLOPs: at most" in done.stdout
