@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,13 +14,18 @@ from lightning.pytorch.cli import LightningCLI
 from pgp_lightning.data.manifest import Manifest
 from pgp_lightning.data.module import InstructionData
 from pgp_lightning.data.shards import make_builder
+from pgp_lightning.evaluation.benchmark import Benchmark
+from pgp_lightning.evaluation.compare import compare
+from pgp_lightning.evaluation.module import ImportanceShards, PrunedAnswers
 from pgp_lightning.training.command_line import TerseParser
 from pgp_lightning.training.pgp import PGP
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 OVERLAYS = [path for path in CONFIGS if path.parent.name == "overlays"]
-COMPLETE = [path for path in CONFIGS if path not in OVERLAYS]
+COMPARE = [path for path in CONFIGS if path.parent.name == "compare"]
+EVALUATE = [ROOT / "configs" / "evaluate.yaml"]
+COMPLETE = [path for path in CONFIGS if path not in (*OVERLAYS, *COMPARE, *EVALUATE)]
 
 
 def name(path: Path) -> str:
@@ -49,7 +56,7 @@ def read(cli: type[LightningCLI], *paths: Path) -> LightningCLI:
 
 
 def test_there_are_configurations():
-    assert ROOT / "configs" / "pgp.yaml" in COMPLETE
+    assert ROOT / "configs" / "pgp.yaml" in COMPLETE and COMPARE and EVALUATE[0] in CONFIGS
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
@@ -70,6 +77,48 @@ def test_a_complete_configuration_builds_its_objects(path: Path, monkeypatch: py
     assert records == 0 or records >= cli.datamodule.lanes * cli.datamodule.batch_size
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert written["trainer"]["default_root_dir"] == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("path", EVALUATE, ids=name)
+def test_an_evaluation_builds_its_objects(path: Path, monkeypatch: pytest.MonkeyPatch):
+    # tests/unit/evaluation/test_module.py runs it.
+    monkeypatch.chdir(ROOT)
+    cli = read(LightningCLI, path)
+    assert isinstance(cli.model, PrunedAnswers) and isinstance(cli.datamodule, InstructionData)
+    assert cli.datamodule.base == cli.model.vlm.base
+    assert any(isinstance(callback, ImportanceShards) for callback in cli.trainer.callbacks)
+    assert "test" in Manifest.load(cli.datamodule.manifest, cli.datamodule.root).splits
+
+
+@pytest.mark.parametrize("path", COMPARE, ids=name)
+def test_a_comparison_builds_every_method(path: Path, monkeypatch: pytest.MonkeyPatch):
+    # tests/integration/test_compare.py runs it on a few scenes.
+    monkeypatch.chdir(ROOT)
+    built: list[tuple[Benchmark, Path, Any]] = []
+
+    class BuiltError(Exception):
+        pass
+
+    def stop(benchmark: Benchmark, folder: Path, described: Any) -> None:
+        built.append((benchmark, folder, described))
+        raise BuiltError
+
+    monkeypatch.setattr(Benchmark, "run", stop)
+    with pytest.raises(BuiltError):
+        compare(["--config", str(path)])
+    ((benchmark, folder, described),) = built
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert str(folder) == written["output"] and described.keys() == inspect.signature(Benchmark).parameters.keys()
+    assert list(benchmark.pruners) == list(written["methods"])
+    for label, pruner in benchmark.pruners.items():
+        assert f"{type(pruner).__module__}.{type(pruner).__name__}" == written["methods"][label]["class_path"]
+    rows = {*benchmark.pruners, "random", "uniform", "oracle"}
+    named = [written.get("reference", "pgp"), *(row.partition("@")[0] for row in written.get("explore", []))]
+    named += [label for pair in (*written.get("pairs", []), *written.get("split_pairs", [])) for label in pair]
+    assert set(named) <= rows
+    assert {float(row.partition("@")[2]) / 100 for row in written.get("explore", [])} <= set(benchmark.keep_ratios)
+    assert {row.partition("@")[0] for row in written.get("explore", [])} <= benchmark.keep_importance
+    assert benchmark.split in Manifest.load(benchmark.manifest, benchmark.root).splits
 
 
 def test_overlays_are_accepted_over_the_default(monkeypatch: pytest.MonkeyPatch):

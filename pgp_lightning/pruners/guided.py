@@ -39,7 +39,8 @@ class Guided(Pruner):
             shortened embeddings without their positions).
         skip_tiles: with L = 0, leave tiles without a kept token out of the answer model's vision tower (exact).
         max_tiles_kept: choose so many tiles of an image first, those with the greatest sum of importance over as many
-            tokens as the budget has, and tokens only in them (ours; not exact, and off by default).
+            tokens as the budget has, and tokens only in them, fewer than the budget if they have no more (ours; not
+            exact, and off by default).
 
     Raises:
         ConfigError: if a number is out of range.

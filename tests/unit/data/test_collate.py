@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 import torch
 
-from pgp_lightning.data.collate import Item, collate
+from pgp_lightning.data.collate import Batch, Item, collate
 from pgp_lightning.data.conversation import Conversation, Turn
 from pgp_lightning.vlm.tiles import TileGrid
 
@@ -45,3 +48,43 @@ def test_to_moves_tensors_only() -> None:
     assert moved.request.tiles.device.type == "meta" and moved.keys == ["k"] and moved.rejected == batch.rejected
     assert moved.request.relevant is not None and moved.request.relevant.device.type == "meta"
     assert batch.request.tiles.device.type == "cpu"
+
+
+def mixed() -> Batch:
+    """Return three questions about a large image and one about a small one."""
+    large, small = TileGrid(2, 1, 2, True), TileGrid(1, 1, 2, False)
+    first = conversation("k1", large, (Turn("q1", "a1", (0, 11), "x"), Turn("q2", "a2"), Turn("q3", "a3", (5,))))
+    second = conversation("k2", small, (Turn("q4", "a4", (2,)),))
+    batch = collate([Item(first, "s", 40), Item(second, "t", 41)], epoch=3, rejected={"s/no-image": 2})
+    return replace(batch, request=replace(batch.request, other_questions=["o1", "o2", "o3", "o4"]))
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3], [3, 0], [2], [1, 1]])
+def test_select_takes_all_that_belongs_to_a_row(rows: list[int]) -> None:
+    batch = mixed()
+    chosen = batch.select(rows)
+    assert len(chosen) == len(chosen.request) == len(rows)
+    for name in ("answers", "sources", "keys", "types", "indices", "turns"):
+        assert getattr(chosen, name) == [getattr(batch, name)[row] for row in rows], name
+    for name in ("questions", "images", "counts", "other_questions"):
+        assert getattr(chosen.request, name) == [getattr(batch.request, name)[row] for row in rows], name
+    assert chosen.epoch == 3 and chosen.rejected == {"s/no-image": 2}
+    assert chosen.request.tiles is batch.request.tiles and chosen.request.grids == batch.request.grids
+    assert batch.request.relevant is not None and chosen.request.relevant is not None
+    assert chosen.request.relevant.tolist() == batch.request.relevant[rows].tolist()
+    assert len(batch) == 4 and batch.request.questions == ["q1", "q2", "q3", "q4"]
+
+
+def test_select_narrows_relevance_to_the_images_left() -> None:
+    # Guides give as many columns as the largest image that a row is about.
+    chosen = mixed().select([3])
+    assert chosen.request.counts == [4] and chosen.request.relevant is not None
+    assert chosen.request.relevant.tolist() == [[False, False, True, False]]
+
+
+def test_select_keeps_what_is_not_known_unknown() -> None:
+    grid = TileGrid(1, 1, 2, False)
+    batch = collate([Item(conversation("k", grid, (Turn("q", "a"), Turn("r", "b"))), "s", 0)])
+    chosen = batch.select([1])
+    assert chosen.request.relevant is None and chosen.request.other_questions is None
+    assert chosen.request.questions == ["r"] and chosen.turns == [1]

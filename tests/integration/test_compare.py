@@ -1,0 +1,374 @@
+"""`pgp compare` and `pgp prune` as users call them: what they write, a kill in the middle, and mistakes in one line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import pgp_lightning
+from pgp_lightning.embedded.world import draw_scene
+from pgp_lightning.evaluation.cost import Schedule, prune_cost
+from pgp_lightning.evaluation.flops import posterior_flops
+from pgp_lightning.evaluation.prune import open_picture, prune_picture
+from pgp_lightning.evaluation.scoring import load_results
+from pgp_lightning.guides.posterior import PosteriorGuide
+from pgp_lightning.tools import main
+from pgp_lightning.vlm.loading import load_vlm
+from tests.tiny import save_tiny
+from tests.unit.evaluation.scenes_made import Scenes, write_scenes
+
+ROOT = Path(__file__).parents[2]
+COMPARE = ROOT / "configs" / "compare" / "embedded.yaml"
+GUIDES = Path(pgp_lightning.__file__).parent / "embedded" / "guides"
+METHODS = ("pgp", "sgp", "fastv_L2", "divprune")
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sources = Scenes("objects", 4), Scenes("reading", 4)
+    return write_scenes(tmp_path_factory.mktemp("scenes"), *sources)
+
+
+@pytest.fixture(scope="module")
+def config(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The shipped configuration with fewer methods, on few scenes."""
+    found: dict[str, Any] = yaml.safe_load(COMPARE.read_text())
+    found["methods"] = {name: found["methods"][name] for name in METHODS}
+    for key in ("pairs", "split_pairs"):
+        found[key] = [pair for pair in found[key] if set(pair) <= {*METHODS, "uniform", "random", "oracle"}]
+    found |= {"manifest": str(manifest), "keep_ratios": [0.05, 0.2], "batch_size": 2, "max_new_tokens": 4}
+    found |= {"keep_importance": ["pgp", "sgp"], "explore": ["pgp@5", "sgp@5"]}
+    found.pop("timed_images", None)  # times differ from run to run
+    return found
+
+
+def written(config: dict[str, Any], folder: Path) -> Path:
+    path = folder / "compare.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def command(path: Path, output: Path, *extra: str) -> list[str]:
+    return [
+        sys.executable, "-m", "pgp_lightning.tools", "compare", "--config", str(path), "--output", str(output), *extra
+    ]  # fmt: skip
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """Return the answers, byte by byte, and what is made of them."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    words = command(written(config, folder), folder / "out", "--images", "6")
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "| pgp | 5 % |" in done.stdout and "report.md" in done.stdout
+    return folder / "out"
+
+
+def test_a_comparison_writes_its_report(whole: Path):
+    made = {"report.md", "report.csv", "report.json", "curve.svg", "explorer.html", "paired.md"}
+    names = {f"{name}@{budget}" for name in (*METHODS, "uniform", "random", "oracle") for budget in (5, 20)}
+    names |= {"full", "guide_image_first", "guide_question_first"}
+    lines = {f"{name}.jsonl" for name in names}
+    assert {path.name for path in whole.iterdir()} == made | lines | {"methods.json", "benchmark.json"}
+    answers = load_results(whole).answers
+    assert {len(found) for found in answers.values()} == {12}
+
+    report = json.loads((whole / "report.json").read_text())
+    assert report["samples"] == 12 and {row["method"] for row in report["rows"]} == names
+    with (whole / "report.csv").open() as file:
+        table = {row["method"]: row for row in csv.DictReader(file)}
+    assert table.keys() == names
+    text = (whole / "report.md").read_text()
+    assert "12 questions about 6 images" in text
+    for row in report["rows"]:
+        mine = answers[row["method"]]
+        right = sum(answer.correct for answer in mine) / 12
+        assert row["accuracy"]["mean"] == pytest.approx(right)
+        assert row["kept"] == sum(answer.kept for answer in mine) / 12
+        flops = sum(answer.extra["flops"] + answer.extra["guide_flops"] for answer in mine) / 12
+        assert row["flops"] == pytest.approx(flops)
+        assert row["recall"] == pytest.approx(sum(answer.recall for answer in mine) / 12)  # type: ignore[misc]
+        budget = "all" if row["method"] == "full" else f"{100 * row['keep_ratio']:.3g} %"
+        assert f"| {row['name']} | {budget} |" in text
+        assert f" {100 * right:.1f} [" in text
+    paired = (whole / "paired.md").read_text()
+    wins = sum(a.correct and not b.correct for a, b in zip(answers["pgp@5"], answers["random@5"], strict=True))
+    losses = sum(b.correct and not a.correct for a, b in zip(answers["pgp@5"], answers["random@5"], strict=True))
+    assert f"| pgp@5 | random@5 | all | 12 | 6 | {wins} | {losses} |" in paired
+    assert "| pgp@20 | sgp@20 | guide_image_first: no |" in paired
+    assert (whole / "curve.svg").read_text().startswith("<svg")
+    page = (whole / "explorer.html").read_text()
+    assert "<html" in page and 'src="http' not in page and 'href="http' not in page
+    shown = zip(answers["full"], answers["pgp@5"], answers["sgp@5"], strict=True)
+    flipped = [full for full, *others in shown if any(other.correct != full.correct for other in others)]
+    assert page.count("<article") == len(flipped) > 0 and all(answer.question in page for answer in flipped)
+
+
+def test_a_killed_comparison_goes_on(config: dict[str, Any], whole: Path, tmp_path: Path):
+    output, words = tmp_path / "out", command(written(config, tmp_path), tmp_path / "out", "--images", "6")
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = output / "sgp@5.jsonl"
+    while process.poll() is None and not (first.is_file() and first.stat().st_size):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert process.returncode == -9 and not (output / "report.md").exists()
+    # What it was writing when it was killed.
+    with (output / "pgp@20.jsonl").open("a") as file:
+        file.write('{"key": "test-obj')
+    assert main(words[3:]) == 0
+    assert results(output) == results(whole)
+
+
+def test_a_later_method_joins(config: dict[str, Any], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    output = tmp_path / "out"
+    shutil.copytree(whole, output)
+    more = {
+        **config,
+        "methods": {**config["methods"], "zip": {"class_path": "pgp_lightning.pruners.vision_zip.VisionZip"}},
+    }
+    assert main(command(written(more, tmp_path), output, "--images", "6")[3:]) == 0
+    before, after = results(whole), results(output)
+    assert {name for name in after if name not in before} == {"zip@5.jsonl", "zip@20.jsonl"}
+    assert all(after[name] == before[name] for name in before if name.endswith(".jsonl"))
+    assert "| zip | 5 % |" in capsys.readouterr().out
+
+
+# Mistakes
+
+
+def fails(words: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
+    """Run `pgp`, expect its exit code and one line that speaks of an error, and return it."""
+    capsys.readouterr()
+    assert main(words) == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ") or "Traceback" in line]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) < 700, lines
+    return lines[0]
+
+
+def guided(folder: Path | str) -> dict[str, Any]:
+    loader = "pgp_lightning.guides.posterior.PosteriorGuide.from_pretrained"
+    guide = {"class_path": loader, "init_args": {"folder": str(folder)}}
+    return {"class_path": "pgp_lightning.pruners.guided.Guided", "init_args": {"guide": guide}}
+
+
+def changed(**keys: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda config: config.update(keys)
+
+
+def mistyped(config: dict[str, Any]) -> None:
+    config["methods"]["fastv_L2"]["init_args"]["layr"] = 2
+
+
+def unknown_class(config: dict[str, Any]) -> None:
+    config["methods"]["fastv_L2"]["class_path"] = "pgp_lightning.pruners.fastv.FastW"
+
+
+def no_pruner(config: dict[str, Any]) -> None:
+    config["methods"]["fastv_L2"] = {"class_path": "pgp_lightning.guides.simple.UniformGuide"}
+
+
+def too_deep(config: dict[str, Any]) -> None:
+    config["methods"]["fastv_L2"]["init_args"]["layer"] = 4
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (unknown_class, ["methods", "FastW"]),
+        (no_pruner, ["methods", "UniformGuide", "Pruner"]),
+        (mistyped, ["methods", "layr"]),
+        (changed(imagez=3), ["imagez"]),
+        (changed(keep_ratios=[0]), ["keep_ratios", "(0, 1)", "[0.0]"]),
+        (changed(keep_ratios=[0.05, 1.5]), ["keep_ratios", "(0, 1)", "1.5"]),
+        (changed(images="some"), ["images", "some"]),
+        (changed(split="vall"), ["vall"]),
+        (changed(manifest="gone.yaml"), ["gone.yaml"]),
+        (changed(answer_model="embedded:gone"), ["no model at 'embedded:gone'", "embedded:answer_model"]),
+        (changed(guide_alone="nowhere/to/be/found"), ["no model at 'nowhere/to/be/found'"]),
+        (changed(methods={"pgp": guided("nowhere")}, keep_importance=[]), ["nowhere holds no guide", "guide.json"]),
+        (
+            changed(methods={"pgp": guided("embedded:gone")}, keep_importance=[]),
+            ["embedded:gone", "embedded:pgp_seed0"],
+        ),
+        (changed(methods={"a@5": guided("embedded:pgp_seed0")}, keep_importance=[]), ["'a@5'"]),
+        (too_deep, ["cannot prune before layer 4", "0 to 3"]),
+    ],
+    ids=lambda value: "" if callable(value) else value[0],
+)
+def test_a_mistake_is_one_line(
+    config: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[dict[str, Any]], None],
+    words: list[str],
+):
+    mine = json.loads(json.dumps(config))
+    spoil(mine)
+    line = fails(command(written(mine, tmp_path), tmp_path / "out", "--images=1")[3:], capsys)
+    assert all(word in line for word in words), line
+    assert not list(tmp_path.glob("out/report*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("bottleneck.safetensors", None), ("adapter_model.safetensors", None), ("guide.json", b'{"method": ')],
+)
+def test_a_damaged_guide_is_one_line(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes | None
+):
+    shutil.copytree(GUIDES / "pgp_seed0", tmp_path / "guide")
+    file = tmp_path / "guide" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if content is None else content)
+    mine = {**config, "methods": {"pgp": guided(tmp_path / "guide")}, "keep_importance": []}
+    line = fails(command(written(mine, tmp_path), tmp_path / "out")[3:], capsys)
+    assert "damaged" in line and "export the guide again" in line and str(tmp_path / "guide") in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_configuration_in_the_same_folder(
+    config: dict[str, Any], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    before = results(whole)
+    path = written(config, tmp_path)
+    assert "another images (6, now 5)" in fails(command(path, whole, "--images=5")[3:], capsys)
+    options = command(path, whole, "--images=6", "--methods.fastv_L2.init_args.query=all")[3:]
+    assert "another methods.fastv_L2" in fails(options, capsys)
+    assert results(whole) == before
+
+
+def test_the_process_has_the_exit_code(config: dict[str, Any], tmp_path: Path):
+    words = command(written(config, tmp_path), tmp_path / "out", "--imagez=5")
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["error: unrecognized arguments: --imagez=5"]
+
+
+# pgp prune
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """A picture, a question about it, and the answer."""
+    drawn = draw_scene("test", 3)
+    path = tmp_path_factory.mktemp("picture") / "scene.png"
+    Image.fromarray(drawn.image).save(path)
+    return path, drawn.questions[0].text, drawn.questions[0].answer
+
+
+def test_prune_on_a_picture(scene: tuple[Path, str, str], tmp_path: Path):
+    path, question, answer = scene
+    output = tmp_path / "kept.png"
+    words = [sys.executable, "-m", "pgp_lightning.tools", "prune", "--image", str(path), "--question", question]
+    done = subprocess.run([*words, "--output", str(output)], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split(maxsplit=1) == ["question", question]
+    assert lines[1].split(maxsplit=2) == ["all", "tokens", answer] and lines[2].split() == ["pruned", answer]
+    assert "16 of 320 visual tokens (5.0 %)" in lines[3] and "of 5 tiles encoded" in lines[3]
+    assert lines[4].startswith("FLOPs") and "of which the guide" in lines[4] and str(output) in lines[5]
+    with Image.open(output) as picture:
+        assert picture.format == "PNG" and picture.width > picture.height > 100
+        assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 100
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [
+        ([], "16 of 320 visual tokens (5.0 %)"),
+        (["--layer", "2", "--keep-ratio", "0.2"], "64 of 320 visual tokens (20.0 %), 5 of 5 tiles"),
+        (["--keep-ratio", "1", "--guide", "embedded:pgp_seed1"], "320 of 320 visual tokens (100.0 %), 5 of 5 tiles"),
+    ],
+)
+def test_prune_on_a_scene(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], tokens: str):
+    output = tmp_path / "kept.JPG"
+    assert main(["prune", "--scene", "3", "--output", str(output), *options]) == 0
+    out = capsys.readouterr().out
+    assert tokens in out and draw_scene("test", 3).questions[0].text in out and output.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_prune_counts_what_ran(scene: tuple[Path, str, str], layer: int):
+    path, question, answer = scene
+    found = prune_picture(open_picture(path), question, "embedded:pgp_seed0", "embedded:answer_model", layer=layer)
+    assert found.full == answer and found.grid.tiles == 5 and found.keep.sum() == 16
+    assert found.importance[found.keep].min() >= found.importance[~found.keep].max()
+    encoded = 5 if layer else int(found.keep.reshape(5, 64).any(axis=1).sum())
+    assert found.tiles_encoded == encoded and (encoded < 5) == (layer == 0)
+    vlm, base = load_vlm("embedded:answer_model"), load_vlm("embedded:guide")
+    prompt = vlm.processor.prompt(question, None, "image_first")
+    steps = {"text": len(prompt.before) + len(prompt.after), "new_tokens": len(answer.split()) + 1, "tiles": 5}
+    assert found.full_cost == prune_cost(vlm.model.config, Schedule(320, (320,) * 4), **steps)
+    assert found.answer == answer
+    before = len(base.processor.prompt(question, None, "question_first").before)
+    guide = posterior_flops(base.model.config, 5, before, lora_rank=32)
+    schedule = Schedule(320, (320,) * layer + (16,) * (4 - layer))
+    assert found.cost == prune_cost(vlm.model.config, schedule, guide=guide, tiles_encoded=encoded, **steps)
+
+
+def test_prune_says_in_one_line_what_is_wrong(
+    scene: tuple[Path, str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path, question, _ = scene
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "half.png").write_bytes(path.read_bytes()[:600])
+    torch.manual_seed(0)
+    PosteriorGuide(save_tiny(tmp_path / "tiny"), lora_rank=2).save_pretrained(tmp_path / "guide")
+    at, ask, drawn = ["--image", str(path)], ["--question", question], ["--scene", "3"]
+    cases: list[tuple[list[str], str]] = [
+        (["--image", str(tmp_path / "text.png"), *ask], "text.png must be a PNG, JPEG or WebP picture"),
+        (["--image", str(tmp_path / "half.png"), *ask], "half.png must be a PNG, JPEG or WebP picture"),
+        (["--image", str(tmp_path / "gone.png"), *ask], "gone.png"),
+        (["--image", str(tmp_path), *ask], "must be a PNG, JPEG or WebP picture"),
+        ([*at, "--question", "  "], "the question is empty"),
+        ([*at, "--question", ""], "give --image and --question, or --scene"),
+        (at, "give --image and --question, or --scene"),
+        (ask, "give --image and --question, or --scene"),
+        ([*at, "--question", "what <IMG_CONTEXT> is"], "visual tokens"),
+        (["--scene", "-1"], "--scene must be at least 0, got -1"),
+        ([*drawn, "--layer", "4"], "cannot prune before layer 4: the model has the layers 0 to 3"),
+        ([*drawn, "--layer", "-1"], "layer must be at least 0"),
+        ([*drawn, "--keep-ratio", "1.5"], "must be in (0, 1], got 1.5"),
+        ([*drawn, "--keep-ratio", "0"], "must be in (0, 1], got 0.0"),
+        ([*drawn, "--keep-ratio", "nan"], "must be in (0, 1], got nan"),
+        ([*drawn, "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
+        ([*drawn, "--guide", str(tmp_path / "guide")], "tile_size is 32 for the guide and 128 for the answer model"),
+        ([*drawn, "--answer-model", str(tmp_path / "tiny")], "tile_size is 128 for the guide and 32 for the answer"),
+        ([*drawn, "--guide", str(tmp_path)], "holds no guide"),
+        ([*drawn, "--answer-model", "embedded:gone"], "no model at 'embedded:gone'"),
+    ]
+    output = tmp_path / "kept.png"
+    for words, expected in cases:
+        assert expected in fails(["prune", *words, "--output", str(output)], capsys), words
+        assert not output.exists()
+    for wrong in ("kept.foo", "kept", "gone/kept.png"):
+        line = fails(["prune", *drawn, "--output", str(tmp_path / wrong)], capsys)
+        assert "--output must be a PNG, JPEG or WebP file in a folder that exists" in line and wrong in line
+
+
+def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]):
+    for name, words in {"compare": ["--methods", "--keep_ratios", "--pairs"], "prune": ["--scene", "--layer"]}.items():
+        with pytest.raises(SystemExit) as stop:
+            main([name, "--help"])
+        assert not stop.value.code
+        out = capsys.readouterr().out
+        assert all(word in out for word in words), out
