@@ -165,26 +165,26 @@ def posterior_flops(config: Config, tiles: int, text: int, *, lora_rank: int = 0
     return int(encoded + prefill_flops(config, [slots] * decoder.depth) + adapter + networks)
 
 
-def attention_flops(config: Config, tiles: int, text: int, *, new_tokens: int, before: int = 0) -> int:
+def attention_flops(config: Config, tiles: int, text: int, *, new_tokens: int, rows: int) -> int:
     """Return the FLOPs of a guide that answers and sums the attention paid to visual tokens on the way (SGP).
 
-    Beside the prefill and the decoding of its answer, every layer recomputes rows of attention: of the last visual slot
-    and the text behind it, and of each token decoded. A model that writes its attention out needs no recomputation.
+    Beside the prefill and the decoding of its answer, every layer recomputes rows of attention, of the prompt's last
+    slots and of each token decoded. A model that writes its attention out needs no recomputation.
 
     Args:
         config: of the guide.
         tiles: of the image.
         text: slots of text.
         new_tokens: length of its answer; the last token is never read.
-        before: slots of text before the visual tokens.
+        rows: of the prompt that are recomputed: the text behind the visual tokens, with the release one more.
     """
     decoder, steps = Decoder(config), new_tokens - 1
     slots = tiles * tokens_per_tile(config) + text
-    rows = decoder.rows(text - before + 1, slots) + sum(decoder.rows(1, slots + t) for t in range(1, new_tokens))
+    again = decoder.rows(rows, slots) + sum(decoder.rows(1, slots + t) for t in range(1, new_tokens))
     encoded = vision_flops(config, tiles) + projector_flops(config, tiles)
     prompt = [slots] * decoder.depth
     answer = prefill_flops(config, prompt) + head_flops(config) + decode_flops(config, prompt, steps)
-    return int(encoded + answer + decoder.depth * rows)
+    return int(encoded + answer + decoder.depth * again)
 
 
 def _side(value: int | Sequence[int]) -> int:

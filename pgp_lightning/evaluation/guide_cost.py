@@ -106,7 +106,7 @@ def _(guide: AttentionGuide, request: Request) -> list[int]:
     for row, (question, image) in enumerate(zip(request.questions, request.images, strict=True)):
         prompt, ids = processor.prompt(question, None, guide.order), guide.attended.tokens[row].tolist()
         steps = ids.index(processor.stop_id) + 1 if processor.stop_id in ids else len(ids)
-        text, before = len(prompt.before) + len(prompt.after), len(prompt.before)
-        config, tiles = guide.vlm.model.config, request.grids[image].tiles
-        found.append(attention_flops(config, tiles, text, new_tokens=steps, before=before))
+        rows = {"prompt": len(prompt.after) + 1, "prompt_after_image": len(prompt.after), "answer": 1}[guide.rows]
+        text, tiles = len(prompt.before) + len(prompt.after), request.grids[image].tiles
+        found.append(attention_flops(guide.vlm.model.config, tiles, text, new_tokens=steps, rows=rows))
     return found

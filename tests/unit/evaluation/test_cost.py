@@ -228,7 +228,8 @@ def test_an_attention_guides_pass(pair, new_tokens):
                 stack.enter_context(watch_attention(layer.self_attn, lambda rows: None, last=text - before + 1))
             answer(vlm, inputs, new_tokens)
 
-    expected = flops.attention_flops(vlm.model.config, len(request.tiles), text, new_tokens=new_tokens, before=before)
+    rows = text - before + 1
+    expected = flops.attention_flops(vlm.model.config, len(request.tiles), text, new_tokens=new_tokens, rows=rows)
     assert counted(run) == expected
 
 
