@@ -3,7 +3,8 @@
     python examples/prune_with_generate.py                      # a scene of the embedded world
     python examples/prune_with_generate.py picture.png "what color is the circle" --keep-ratio 0.11
 
-With real models give --guide the folder of an exported guide and --answer-model a folder or a name on the hub.
+With real models give --guide the folder of an exported guide, --answer-model a folder or a name on the hub, and on a
+CUDA device --dtype bfloat16.
 """
 
 import argparse
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--guide", default="embedded:pgp_seed0")
     parser.add_argument("--answer-model", default="embedded:answer_model")
     parser.add_argument("--keep-ratio", type=float, default=0.05)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     given = parser.parse_args()
     if given.picture and given.question:
         image, question = Image.open(given.picture).convert("RGB"), given.question
@@ -37,13 +39,15 @@ def main() -> None:
         scene = draw_scene("test", 7)
         image, question = Image.fromarray(scene.image), scene.questions[0].text
 
-    answer_model = load_vlm(given.answer_model)
-    guide = PosteriorGuide.from_pretrained(given.guide)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    answer_model = load_vlm(given.answer_model, getattr(torch, given.dtype))
+    guide = PosteriorGuide.from_pretrained(given.guide, dtype=given.dtype).to(device)
+    answer_model.model.to(device)
     tokenizer, stop = answer_model.processor.tokenizer, answer_model.processor.stop_id
 
     # What guide and answer model share is the question and the tiles; each builds its own prompt of them.
     tiles, grid = cut_tiles(image, answer_model.processor.rule)
-    request = Request([question], torch.from_numpy(tiles), [grid])
+    request = Request([question], torch.from_numpy(tiles), [grid]).to(device)
     inputs = prompt_inputs(answer_model, request)
     settings = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": stop, "pad_token_id": stop}
 

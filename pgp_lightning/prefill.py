@@ -86,11 +86,13 @@ class Run:
 
     Attributes:
         kept: by decoder layer, which visual tokens it saw: bool (B, M).
-        slots: by decoder layer, how many prompt slots of each row it saw and holds in its cache: int64 (B,).
+        slots: by decoder layer, how many prompt slots of each row it saw: int64 (B,).
+        cached: by decoder layer, how many of them its cache holds: int64 (B,), fewer behind a cut at full depth.
     """
 
     kept: list[Tensor] = field(default_factory=list)
     slots: list[Tensor] = field(default_factory=list)
+    cached: list[Tensor] = field(default_factory=list)
 
 
 @contextmanager
@@ -121,7 +123,9 @@ def pruned(
     """
     vlm = model if isinstance(model, VLM) else as_vlm(model)
     layers = vlm.decoder_layers
-    kinds = set(getattr(vlm.decoder.config, "layer_types", None) or ["full_attention"])
+    config: Any = vlm.decoder.config
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if windowed else "full_attention"])
     if kinds != {"full_attention"}:
         raise ConfigError(f"pruning needs full attention in every decoder layer, got {', '.join(sorted(kinds))}")
     if beyond := [depth for depth in pruner.layers if not 0 <= depth < len(layers)]:
@@ -198,8 +202,9 @@ class _Driver:
             not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers)
         ):
             raise ConfigError(
-                f"pruned layers hold prompts of different lengths, which takes a plain DynamicCache; "
-                f"got {type(cache).__name__}: leave cache_implementation unset"
+                "pruned layers hold prompts of different lengths, which takes a DynamicCache of plain layers; got "
+                f"{type(cache).__name__} of {', '.join(sorted({type(layer).__name__ for layer in cache.layers}))}: "
+                "leave cache_implementation unset"
             )
         copies = len(hidden) // len(self.visual)
         visual = self.visual.to(hidden.device).repeat_interleave(copies, dim=0)
@@ -211,8 +216,8 @@ class _Driver:
         self.whole = self.valid.to(hidden.device).repeat_interleave(copies, dim=0)
         positions = kwargs["position_ids"].expand(visual.shape)
         self.past = []
-        self.run.kept.clear()
-        self.run.slots.clear()
+        for record in (self.run.kept, self.run.slots, self.run.cached):
+            record.clear()
         self.mask: Tensor | None = None
         cos, sin = kwargs["position_embeddings"]
         self.state = PrefillState(
@@ -298,14 +303,13 @@ class _Driver:
                 of_layer = slots.to(layer.keys.device)
                 layer.keys, layer.values = take(layer.keys, of_layer, 2), take(layer.values, of_layer, 2)
         self.past = [(valid, shift) for _, shift in self.past]
-        left = replace(before, token=take(before.token, slots).masked_fill(~valid, -1))
-        self.run.kept = [left.kept] * len(self.past)
-        self.run.slots = [valid.sum(dim=1)] * len(self.past)
+        self.run.cached = [valid.sum(dim=1)] * len(self.past)
 
     def _record(self, before: PrefillState, state: PrefillState) -> None:
         same = bool(self.run.kept) and state.valid is before.valid
         self.run.kept.append(self.run.kept[-1] if same else state.kept)
         self.run.slots.append(self.run.slots[-1] if same else state.valid.sum(dim=1))
+        self.run.cached.append(self.run.slots[-1])
 
 
 def _causal_mask(

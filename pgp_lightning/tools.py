@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prune.add_argument("--keep-ratio", type=float, default=0.05, help="share of the visual tokens that stay")
     prune.add_argument("--layer", type=int, default=0, help="L: drop the others before this decoder layer")
     prune.add_argument("--max-new-tokens", type=int, default=64)
+    prune.add_argument("--dtype", choices=("float32", "bfloat16"), help="by default bfloat16 with CUDA, else float32")
     prune.add_argument("--output", type=Path, default=Path("pruned.png"), help="picture of what was kept")
     prune.set_defaults(call=_prune)
 
@@ -141,7 +142,14 @@ def _prune(given: argparse.Namespace) -> int:
     else:
         raise ConfigError("give --image and --question, or --scene NUMBER")
     found = prune_picture(
-        image, question, given.guide, given.answer_model, given.keep_ratio, given.layer, given.max_new_tokens
+        image,
+        question,
+        given.guide,
+        given.answer_model,
+        given.keep_ratio,
+        given.layer,
+        given.max_new_tokens,
+        given.dtype,
     )
     found.draw(image).save(given.output)
     print(f"question     {question}\n{found.summary()}\npicture      {given.output}")

@@ -75,8 +75,14 @@ class PrunedAnswers(pl.LightningModule):
 
     def answer(self, batch: Batch) -> tuple[list[str], list[Tensor], list[Tensor]]:
         """Return the answers of a batch, the keep mask bool (B, M) and prompt slots int64 (B,) of every layer."""
-        inputs = prompt_inputs(self.vlm, batch.request, self.order)
-        with pruned(self.vlm, self.pruner, inputs, batch.request) as run:
+        request, features = batch.request, None
+        alone = len(request.grids) == len(request)
+        if not self.pruner.reads_vision_tower and not (self.pruner.skip_tiles and alone):
+            # Once an image, however many questions ask about it.
+            with torch.no_grad():
+                features = self.vlm.visual_tokens(request.tiles)
+        inputs = prompt_inputs(self.vlm, request, self.order, features)
+        with pruned(self.vlm, self.pruner, inputs, request) as run:
             tokens = generate(self.vlm, inputs, self.max_new_tokens)
         return read_answers(self.vlm, tokens), run.kept, run.slots
 

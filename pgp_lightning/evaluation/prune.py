@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -97,6 +98,7 @@ def prune_picture(
     keep_ratio: float = 0.05,
     layer: int = 0,
     max_new_tokens: int = 64,
+    dtype: Literal["float32", "bfloat16"] | None = None,
 ) -> Pruned:
     """Answer a question about a picture with all visual tokens and with those that a guide keeps.
 
@@ -108,6 +110,7 @@ def prune_picture(
         keep_ratio: share of the visual tokens that stay.
         layer: L, the decoder layer before which the others are dropped.
         max_new_tokens: longest answer.
+        dtype: of both models; by default bfloat16 with a CUDA device, else float32.
 
     Raises:
         ConfigError: if a model cannot be loaded, or guide and answer model do not go together.
@@ -116,10 +119,11 @@ def prune_picture(
         raise ConfigError("the question is empty: give it with --question")
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    scorer = PosteriorGuide.from_pretrained(guide)
-    vlm = load_vlm(answer_model)
-    check_pair(scorer.vlm.processor, vlm.processor)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    scorer = PosteriorGuide.from_pretrained(guide, dtype=dtype)
+    vlm = load_vlm(answer_model, getattr(torch, dtype))
+    check_pair(scorer.vlm.processor, vlm.processor)
     scorer.to(device)
     vlm.model.eval().to(device)
     tiles, grid = cut_tiles(image, vlm.processor.rule)
@@ -147,7 +151,7 @@ def prune_picture(
         tiles=grid.tiles,
         text=text,
         new_tokens=steps,
-        guide=guide_flops(scorer, request)[0],
+        guide=guide_flops(scorer, request)[0] or 0,
         tiles_encoded=encoded[-1],
     )
     assert pruner.keep is not None and pruner.importance is not None

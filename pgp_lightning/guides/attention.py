@@ -14,8 +14,8 @@ The paper's early exit (SEE) is not built; `Attended.confidence` is its first ha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from transformers import LogitsProcessor
 
 from pgp_lightning.attention import watch_attention
 from pgp_lightning.errors import ConfigError
-from pgp_lightning.guides.base import Guide
+from pgp_lightning.guides.base import Guide, evaluating
 from pgp_lightning.vlm.family import VLM, Attention
 from pgp_lightning.vlm.inputs import prompt_inputs, read_answers
 from pgp_lightning.vlm.loading import load_vlm
@@ -109,7 +109,7 @@ class AttentionGuide(Guide):
     def forward(self, request: Request) -> Tensor:
         """Generate an answer to every question and return the importance (B, M), float32, -inf on padding."""
         vlm = self.vlm
-        with _evaluating(vlm.model):
+        with evaluating(vlm.model):
             # Once an image, however many questions ask about it.
             inputs = prompt_inputs(vlm, request, self.order, vlm.visual_tokens(request.tiles))
             visual = vlm.visual_slots(inputs["input_ids"])
@@ -229,15 +229,3 @@ def _check(rows: str, max_new_tokens: int) -> None:
         raise ConfigError(f"rows must be prompt, prompt_after_image or answer, got {rows!r}")
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Hold a model in evaluation mode: dropout, of an adapter say, would make its answers random."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

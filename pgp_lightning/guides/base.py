@@ -1,12 +1,14 @@
 """What every guide is: a module that gives each visual token of a request an importance."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 from pgp_lightning.vlm.request import Request
 
-__all__ = ["Guide", "Remember"]
+__all__ = ["Guide", "Remember", "evaluating"]
 
 
 class Guide(nn.Module, ABC):
@@ -38,3 +40,16 @@ class Remember(Guide):
         if self._importance is None or request is not self._request:
             self._request, self._importance = request, self.guide(request)
         return self._importance
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Hold a module in evaluation mode: dropout, of an adapter say, would make scores random."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

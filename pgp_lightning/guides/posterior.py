@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pgp_lightning.bottleneck import GaussianBottleneck, Posterior
 from pgp_lightning.errors import ConfigError
-from pgp_lightning.guides.base import Guide
+from pgp_lightning.guides.base import Guide, evaluating
 from pgp_lightning.vlm.family import VLM, Attention
 from pgp_lightning.vlm.loading import load_vlm, packaged
 from pgp_lightning.vlm.processor import PromptOrder
@@ -139,8 +139,8 @@ class PosteriorGuide(Guide):
         self.train()
 
     def forward(self, request: Request) -> Tensor:
-        """Return D of every visual token (Sec. 3.3): float32 (B, M), -inf on padding; one pass, no decoding."""
-        with torch.no_grad():
+        """Return D of every visual token (Sec. 3.3): float32 (B, M), -inf on padding; one pass, without dropout."""
+        with torch.no_grad(), evaluating(self):
             found = self.bottleneck_pass(request, self.visual_tokens(request))
         return found.divergence.masked_fill(~found.mask, -torch.inf)
 

@@ -56,7 +56,8 @@ class VLM(ABC):
     )
 
     def __init__(self, model: Any, processor: Processor | None, base: str) -> None:  # noqa: ANN401 (transformers' classes)
-        self.model, self.base = model, base
+        unwrap = getattr(model, "get_base_model", None)  # peft's: the adapter's layers are inside
+        self.model, self.base = unwrap() if callable(unwrap) else model, base
         self._processor = processor
 
     @property

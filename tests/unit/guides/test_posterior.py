@@ -209,6 +209,17 @@ def test_scores_are_not_negative_and_differ_between_tokens(guide: PosteriorGuide
     assert all(len(row[row.isfinite()].unique()) == count for row, count in zip(scores, request_.counts, strict=True))
 
 
+def test_scores_do_not_drop_out(tiny_base: str, request_: Request):
+    # A guide comes in training mode, and stays in it.
+    guide = PosteriorGuide(base=tiny_base, lora_rank=4, lora_dropout=0.9)
+    for name, parameter in guide.named_parameters():
+        if "lora_B" in name:  # starts at 0, where dropout has nothing to drop
+            torch.nn.init.normal_(parameter)
+    first = guide(request_)
+    assert torch.equal(guide(request_), first) and guide.training and guide.model.training
+    assert torch.equal(guide.eval()(request_), first)
+
+
 def test_forward_is_the_training_pass(guide: PosteriorGuide, request_: Request):
     scores = guide(request_)
     assert not scores.requires_grad

@@ -145,15 +145,19 @@ def test_generation_equals_the_masked_reference(name: str, family: str, kind: st
     with torch.no_grad(), pruned(vlm, recorder, inputs, request) as run:
         out = without_stop(vlm, inputs)
     masked = masked_by(vlm, inputs, run, renumber=case.renumber, rewrites=rewrites_of(vlm, inputs, case, recorder))
+    seen, temporary = [slots.sum(dim=1) for slots in masked.prefill], 0
     if case.cut is not None:
-        valid = inputs["attention_mask"].bool()
-        masked.prefill = [valid if depth < case.cut else slots for depth, slots in enumerate(masked.prefill)]
+        # The layers behind saw everything, the temporary token too; what their caches keep is another matter.
+        behind = masked.decode[case.cut] if name == "glimpse" else masked.decode[0]
+        masked.decode = [behind if depth < case.cut else slots for depth, slots in enumerate(masked.decode)]
+        temporary = case.cut
     tokens, logits = masked_greedy(reference, inputs, masked, STEPS)
     assert torch.equal(out.sequences[:, -STEPS:], tokens)
     torch.testing.assert_close(torch.stack(out.logits, dim=1), logits, rtol=0, atol=CLOSE)
-    # What each layer's cache holds, and what the run says of it.
-    slots = [seen.sum(dim=1) for seen in masked.decode]
-    assert all(map(torch.equal, run.slots, slots)) and len(run.slots) == len(run.kept) == LAYERS
+    # What each layer saw and its cache holds, and what the run says of it.
+    slots = [held.sum(dim=1) for held in masked.decode]
+    assert all(map(torch.equal, run.cached, slots)) and len(run.cached) == len(run.kept) == LAYERS
+    assert all(torch.equal(run.slots[i], seen[i] + (i < temporary)) for i in range(LAYERS))
     lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
     assert lengths == [int(count.max()) + STEPS - 1 for count in slots]
     budget = recorder.inner.keep_ratio

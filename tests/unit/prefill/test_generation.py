@@ -54,7 +54,7 @@ def reference(vlm: VLM, inputs: dict[str, Any], name: str, run: Any, copies: int
     run.kept[:] = [kept[::copies] for kept in run.kept]
     masked = masked_by(vlm, inputs, run, renumber=1 if name == "renumbered" else None)
     if name == "glimpse":
-        masked.prefill = [inputs["attention_mask"].bool()] * 3 + list(masked.prefill[3:])
+        masked.decode = [masked.decode[3]] * 3 + list(masked.decode[3:])  # cut from the caches behind
     return masked
 
 

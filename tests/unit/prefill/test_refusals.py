@@ -99,6 +99,14 @@ def test_sliding_windows():
         use(model=vlm)
 
 
+def test_sliding_windows_that_only_a_width_tells():
+    # As Mistral's configuration has it, without a kind for each layer.
+    vlm = build("llava")
+    vlm.decoder.config.layer_types, vlm.decoder.config.sliding_window = None, 6
+    with pytest.raises(ConfigError, match=r"needs full attention in every decoder layer, got sliding_attention"):
+        use(model=vlm)
+
+
 def embedded() -> dict[str, Any]:
     return {"inputs_embeds": torch.zeros(3, 31, 48), "attention_mask": world().inputs["attention_mask"]}
 
@@ -160,7 +168,7 @@ def test_guides_of_other_shapes(shape: tuple[int, ...]):
 
 
 GENERATE: dict[str, tuple[dict[str, Any], str]] = {
-    "static cache": ({"cache_implementation": "static"}, "takes a plain DynamicCache; got StaticCache: leave cache_"),
+    "static cache": ({"cache_implementation": "static"}, "takes a DynamicCache of plain layers; got StaticCache of "),
     "chunks": ({"prefill_chunk_size": 8}, r"the decoder got \(3, 8\): prefill in chunks"),
     "no cache": ({"use_cache": False}, r"the decoder got \(3, 32\).*generation without a cache"),
 }
@@ -178,7 +186,8 @@ def test_caches_with_layers_of_another_kind():
     vlm, request, inputs = world()
     cache = DynamicCache()
     cache.layers = [DynamicSlidingWindowLayer(sliding_window=8) for _ in range(5)]
-    with pruned(vlm, halves(), inputs, request), pytest.raises(ConfigError, match="takes a plain DynamicCache"):
+    message = "got DynamicCache of DynamicSlidingWindowLayer"
+    with pruned(vlm, halves(), inputs, request), pytest.raises(ConfigError, match=message):
         vlm.model(**inputs, past_key_values=cache)
 
 

@@ -170,6 +170,7 @@ def test_an_adapter_around_a_model_changes_nothing_of_what_is_seen(family: type[
     seen = as_vlm(wrapped)
     assert type(seen) is family and seen.model is vlm.model and seen.decoder_layers is layers and seen.width == width
     assert hasattr(seen.decoder_layers[0].self_attn.q_proj, "lora_A")
+    assert family(wrapped, vlm.processor, "wrapped").decoder_layers is layers
 
 
 def test_a_model_of_no_family_is_refused():
