@@ -2,7 +2,7 @@
 
 A row's softmax needs its own query and all keys it may see, so one row costs what one token costs. The model runs as it
 is, with any attention implementation; what is asked of it is only that queries and keys come from `q_proj` and
-`k_proj`, as they do in Llama, Qwen2, CLIP and InternViT. Rows are float32 and carry no gradient.
+`k_proj`, as they do in Llama, Qwen2, CLIP and InternViT. Rows are float32, products included, and carry no gradient.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Rope", "attention_rows", "coming_rows", "project_keys", "project_queries", "watch_attention"]
+__all__ = [
+    "Rope",
+    "attention_rows",
+    "coming_parts",
+    "coming_rows",
+    "project_keys",
+    "project_queries",
+    "watch_attention",
+]
 
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines of rotary positions, (B, N, head width) each."""
@@ -44,9 +52,10 @@ def attention_rows(attention: nn.Module, queries: Tensor, keys: Tensor, allowed:
     """
     batch, heads, rows, width = queries.shape
     groups, slots = keys.shape[1], keys.shape[2]
-    # Products in the model's dtype as its own, the softmax in float32 as its own.
-    scores = queries.reshape(batch, groups, -1, width) @ keys.transpose(2, 3)
-    scores = scores.reshape(batch, heads, rows, slots).float() * _scale(attention)
+    # As fused kernels do it: products stay in float32. In half precision they could be infinite, and would be rounded.
+    scaled = queries.float() * _scale(attention)
+    scores = scaled.reshape(batch, groups, -1, width) @ keys.float().transpose(2, 3)
+    scores = scores.reshape(batch, heads, rows, slots)
     if allowed is None:
         return scores.softmax(dim=-1)
     weights = scores.masked_fill(~allowed[:, None], -torch.inf).softmax(dim=-1)
@@ -75,6 +84,7 @@ def watch_attention(
             queries = project_queries(module, hidden[:, -rows:], (rope[0][:, -rows:], rope[1][:, -rows:]))
             cache = kwargs.get("past_key_values")
             keys = project_keys(module, hidden, rope) if cache is None else cache.layers[module.layer_idx].keys
+            keys = keys.float()  # once for all blocks
             allowed = _allowed(kwargs.get("attention_mask"), queries, keys.shape[2])
             for start in range(0, rows, block or rows):
                 part = slice(start, start + (block or rows))
@@ -87,7 +97,6 @@ def watch_attention(
         handle.remove()
 
 
-@torch.no_grad()
 def coming_rows(layer: Any, hidden: Tensor, rope: Rope, valid: Tensor, last: int = 1) -> Tensor:  # noqa: ANN401
     """Return the attention that a decoder layer which has not run yet would pay.
 
@@ -99,12 +108,42 @@ def coming_rows(layer: Any, hidden: Tensor, rope: Rope, valid: Tensor, last: int
         last: how many of the last queries to return.
 
     Returns:
-        Float32 (B, H, last, N).
+        Float32 (B, H, last, N), on the layer's device.
     """
-    attention, states = layer.self_attn, layer.input_layernorm(hidden)
+    return next(coming_parts(layer, hidden, rope, valid, last))
+
+
+@torch.no_grad()
+def coming_parts(
+    layer: Any,  # noqa: ANN401
+    hidden: Tensor,
+    rope: Rope,
+    valid: Tensor,
+    last: int,
+    at_once: int | None = None,
+) -> Iterator[Tensor]:
+    """Yield what `coming_rows` returns in parts, first rows first: float32 (B, H, R, N); keys are projected once.
+
+    Args:
+        layer: the decoder layer.
+        hidden: its input (B, N, d).
+        rope: the slots' rotary positions.
+        valid: bool (B, N), False on padding.
+        last: how many of the last queries.
+        at_once: attention weights in a part, at least one row; all rows by default.
+    """
+    attention, slots = layer.self_attn, hidden.shape[1]
+    device = next(attention.q_proj.parameters()).device
+    if device.type != "meta":  # weights that are offloaded come to the input
+        hidden, valid, rope = hidden.to(device), valid.to(device), (rope[0].to(device), rope[1].to(device))
+    states = layer.input_layernorm(hidden)
     queries = project_queries(attention, states[:, -last:], (rope[0][:, -last:], rope[1][:, -last:]))
-    allowed = _causal(queries.shape[2], hidden.shape[1], hidden.device) & valid[:, None]
-    return attention_rows(attention, queries, project_keys(attention, states, rope), allowed)
+    keys = project_keys(attention, states, rope).float()
+    batch, heads, rows = queries.shape[:3]
+    block = rows if at_once is None else max(1, at_once // (batch * heads * slots))
+    places = torch.arange(slots, device=hidden.device)
+    for some, own in zip(queries.split(block, dim=2), places[-rows:].split(block), strict=True):
+        yield attention_rows(attention, some, keys, (places <= own[:, None]) & valid[:, None])
 
 
 def _project(attention: Any, which: str, hidden: Tensor, rope: Rope | None) -> Tensor:  # noqa: ANN401

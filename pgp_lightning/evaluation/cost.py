@@ -176,6 +176,8 @@ def prune_cost(
     guide: int = 0,
     new_tokens: int = 1,
     tiles_encoded: int | None = None,
+    slots: Sequence[int] | None = None,
+    cached: Sequence[int] | None = None,
 ) -> PruneCost:
     """Return the FLOPs of answering one question about one image.
 
@@ -187,6 +189,8 @@ def prune_cost(
         guide: FLOPs of the guide, if there is one.
         new_tokens: length of the answer, its stop token included.
         tiles_encoded: tiles that the answer model's vision tower runs on; by default all.
+        slots: prompt slots that each layer reads; by default the schedule's tokens and the text.
+        cached: prompt slots that each layer's cache holds for decoding; by default those that it read.
 
     Raises:
         ConfigError: if the first layer reads more visual tokens than the encoded tiles give.
@@ -198,13 +202,13 @@ def prune_cost(
             f"tiles_encoded must be at most {tiles} and give the {schedule.layers[0]} visual tokens that the first "
             f"layer reads, got {encoded} ({most} tokens); tiles can be skipped only where tokens are pruned at layer 0"
         )
-    slots = schedule.slots(text)
+    slots = schedule.slots(text) if slots is None else slots
     return PruneCost(
         vision=vision_flops(config, encoded),
         projector=projector_flops(config, encoded),
         guide=guide,
         prefill=prefill_flops(config, slots) + head_flops(config),
-        decode=decode_flops(config, slots, new_tokens - 1),
+        decode=decode_flops(config, slots if cached is None else cached, new_tokens - 1),
     )
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "projector_flops",
     "tokens_per_tile",
     "vision_flops",
+    "vision_row_flops",
 ]
 
 
@@ -94,6 +95,20 @@ def vision_flops(config: Config, tiles: int) -> int:
     places = patches + 1  # the class token
     linear = 2 * places * (4 * width**2 + 2 * width * vision.intermediate_size)
     return int(tiles * (patch + vision.num_hidden_layers * (linear + 4 * places**2 * width)))
+
+
+def vision_row_flops(config: Config, tiles: int, rows: int | None = None) -> int:
+    """Return the FLOPs of recomputing attention in one layer of the vision tower: queries, keys and their products.
+
+    Args:
+        config: of the model.
+        tiles: of the image.
+        rows: queries of a tile; by default all, the class token's among them.
+    """
+    vision: Any = config.vision_config
+    places, width = _patches(config) + 1, int(vision.hidden_size)
+    count = places if rows is None else rows
+    return tiles * 2 * width * (count * (width + places) + places * width)
 
 
 def projector_flops(config: Config, tiles: int) -> int:

@@ -1,4 +1,6 @@
-"""Measured seconds and peak memory of answering with a pruned prompt, by phase.
+"""Measured seconds and peak memory of answering with a pruned prompt, by phase and by batch size.
+
+    python -m pgp_lightning.evaluation.latency --sizes 1 2 4 8     # questions of the embedded world, full and pruned
 
 A device that works asynchronously is waited for at every border between phases, so they add up, and many short decode
 steps take a little more on CUDA than unwatched. How fast something is takes repeats, not a single run: `measure` and
@@ -7,6 +9,7 @@ steps take a little more on CUDA than unwatched. How fast something is takes rep
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,13 +17,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
-from pgp_lightning.prefill import Pruner, pruned
-from pgp_lightning.vlm.family import VLM
-from pgp_lightning.vlm.inputs import generate
+from pgp_lightning.embedded.world import draw_scene
+from pgp_lightning.guides.posterior import PosteriorGuide
+from pgp_lightning.prefill import KeepAll, Pruner, pruned
+from pgp_lightning.pruners.guided import Guided
+from pgp_lightning.vlm.family import VLM, check_pair
+from pgp_lightning.vlm.inputs import generate, prompt_inputs
+from pgp_lightning.vlm.loading import load_vlm
 from pgp_lightning.vlm.request import Request
+from pgp_lightning.vlm.tiles import cut_tiles
 
 __all__ = [
     "Load",
@@ -31,6 +41,7 @@ __all__ = [
     "peak_memory",
     "phase_times",
     "sweep",
+    "table",
     "take_turns",
 ]
 
@@ -162,6 +173,23 @@ def sweep(
     return found
 
 
+def table(full: Sequence[Load], short: Sequence[Load]) -> str:
+    """Return loads of the same batch sizes as a Markdown table, the full model beside the pruned one."""
+    memory = full[0].peak is not None
+    names = ["s", "rows/s", *["peak, GiB"] * memory]
+    head = ["rows", *[f"{which}, {name}" for which in ("full", "pruned") for name in names], "speed-up"]
+
+    def cells(load: Load) -> list[str]:
+        peak = [] if load.peak is None else [f"{load.peak / 2**30:.2f}"]
+        return [str(load.seconds), f"{load.throughput:.4g}", *peak]
+
+    lines = [head, ["---"] * len(head)]
+    for whole, cut in zip(full, short, strict=True):
+        faster = whole.seconds.median / cut.seconds.median
+        lines.append([str(whole.rows), *cells(whole), *cells(cut), f"{faster:.2f}x"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def phase_times(
     vlm: VLM, inputs: dict[str, Any], pruner: Pruner, request: Request | None = None, new_tokens: int = 16
 ) -> PhaseTimes:
@@ -247,3 +275,50 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def _scenes(vlm: VLM, rows: int) -> Request:
+    """Return questions about so many pictures of the embedded world, on the model's device."""
+    scenes = [draw_scene("test", index) for index in range(rows)]
+    tiles, grids = zip(*(cut_tiles(Image.fromarray(scene.image), vlm.processor.rule) for scene in scenes), strict=True)
+    questions = [scene.questions[0].text for scene in scenes]
+    return Request(questions, torch.from_numpy(np.concatenate(tiles)), list(grids)).to(vlm.model.device)
+
+
+def main() -> None:
+    """Print how many questions a second a model answers, full and pruned; the guide's time is part of the pruned."""
+    parser = argparse.ArgumentParser(description="Seconds per batch of questions, with all visual tokens and with few.")
+    parser.add_argument("--answer-model", default="embedded:answer_model")
+    parser.add_argument("--guide", default="embedded:pgp_seed0")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8], help="questions in a batch")
+    parser.add_argument("--keep-ratio", type=float, default=0.05)
+    parser.add_argument("--layer", type=int, default=0)
+    parser.add_argument("--new-tokens", type=int, default=16, help="most tokens of an answer")
+    parser.add_argument("--repeats", type=int, default=5)
+    given = parser.parse_args()
+    if min(*given.sizes, given.new_tokens, given.repeats, 1) < 1:
+        parser.error("--sizes, --new-tokens and --repeats must be at least 1")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    guide, vlm = PosteriorGuide.from_pretrained(given.guide), load_vlm(given.answer_model)
+    check_pair(guide.vlm.processor, vlm.processor)
+    guide.eval().to(device)
+    vlm.model.eval().to(device)
+
+    def load(pruner: Pruner) -> list[Load]:
+        def build(rows: int) -> Step:
+            request = _scenes(vlm, rows)
+            inputs = prompt_inputs(vlm, request)
+
+            def answer() -> None:
+                with pruned(vlm, pruner, inputs, request):
+                    generate(vlm, inputs, given.new_tokens)
+
+            return answer
+
+        return sweep(build, given.sizes, given.repeats, device=device)
+
+    print(table(load(KeepAll()), load(Guided(guide, given.layer, given.keep_ratio))))
+
+
+if __name__ == "__main__":
+    main()

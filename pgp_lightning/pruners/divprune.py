@@ -54,6 +54,7 @@ class DivPrune(Pruner):
         self.layers, self.keep_ratio = (0,), keep_ratio
         self.scope, self.rounding, self.renumber = scope, rounding, renumber
         self._tile: int | None = None
+        self._rows = 1
 
     def budget(self, tokens: int) -> int:
         """Return how many of a row's visual tokens stay."""
@@ -63,21 +64,26 @@ class DivPrune(Pruner):
 
     @contextmanager
     def attached(self, vlm: VLM, inputs: Mapping[str, Any], request: Request | None) -> Iterator[None]:
-        """Ask for the size of a tile, if tiles matter."""
-        self._tile = vlm.processor.rule.tokens_per_side**2 if self.scope == "tile" else None
+        """Ask for the size of a tile, if tiles matter: a model without a processor may come with a request."""
+        self._rows = len(inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"])
+        self._tile = None
+        if self.scope == "tile":
+            self._tile = (vlm.processor.rule if request is None else request.grids[0]).tokens_per_side ** 2
         yield
 
     def before_layer(self, depth: int, state: PrefillState) -> PrefillState:
         """Drop what is not chosen; `importance` is higher the earlier a token was chosen, and 0 for the others."""
         if depth != 0:
             return state
-        counts = state.counts.tolist()
-        importance = torch.full((len(counts), max(counts)), -torch.inf, device=state.hidden.device)
+        # Beams and returned sequences of a row are alike until the first token.
+        one = slice(None, None, len(state.hidden) // self._rows)
+        hidden, visual, counts = state.hidden[one], state.visual[one], state.counts[one].tolist()
+        importance = torch.full((len(counts), max(counts)), -torch.inf, device=hidden.device)
         for row, count in enumerate(counts):
             # The decoder's input is the projector's output, in tile-raster order.
-            importance[row, :count] = self._rank(state.hidden[row, state.visual[row]])
+            importance[row, :count] = self._rank(hidden[row, visual[row]])
         self.importance = importance
-        kept = state.keep_tokens(importance > 0)
+        kept = state.keep_tokens(state.expand(importance) > 0)
         return kept.renumber() if self.renumber else kept
 
     def _rank(self, features: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pgp_lightning.attention import Rope, coming_rows
+from pgp_lightning.attention import Rope, coming_parts, coming_rows
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.prefill import Pruner
 from pgp_lightning.prefill_state import PrefillState
@@ -32,8 +32,8 @@ from pgp_lightning.vlm.request import Request
 __all__ = ["FastV", "attention_received"]
 
 Query = Literal["last", "all"]
-# Queries whose attention is in memory at a time.
-_CHUNK = 256
+# Attention weights that are in memory at a time.
+_AT_ONCE = 2**24
 
 
 class FastV(Pruner):
@@ -63,6 +63,7 @@ class FastV(Pruner):
         self.layers, self.keep_ratio, self.query = (layer,), keep_ratio, query
         self._score: Callable[[Tensor, Rope, Tensor], Tensor] | None = None
         self._scores: Tensor | None = None
+        self._rows = 1
 
     @contextmanager
     def attached(self, vlm: VLM, inputs: Mapping[str, Any], request: Request | None) -> Iterator[None]:
@@ -71,6 +72,7 @@ class FastV(Pruner):
             raise ConfigError(f"score_layer is {self.score_layer}, the model has {len(vlm.decoder_layers)} layers")
         score = partial(attention_received, vlm.decoder_layers[self.score_layer - 1], query=self.query)
         self._scores = None
+        self._rows = len(inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"])
         try:
             if self.score_layer > self.layers[0]:
                 self._scores = _score_alone(vlm, self.score_layer - 1, inputs, score)
@@ -82,13 +84,16 @@ class FastV(Pruner):
 
     def before_layer(self, depth: int, state: PrefillState) -> PrefillState:
         """Score before the scoring layer, drop before layer K."""
+        # Beams and returned sequences of a row are alike until the first token.
+        one = slice(None, None, len(state.hidden) // self._rows)
         if self._score is not None and depth == self.score_layer - 1:
-            self._scores = self._score(state.hidden, state.rope, state.valid)
+            self._scores = self._score(state.hidden[one], (state.rope[0][one], state.rope[1][one]), state.valid[one])
         if (depth,) != self.layers:
             return state
         assert self._scores is not None
-        self.importance = state.to_tokens(state.expand(self._scores))
-        return state.keep_tokens(keep_top(self.importance, self.keep_ratio))
+        importance = state.to_tokens(state.expand(self._scores))
+        self.importance = importance[one]
+        return state.keep_tokens(keep_top(importance, self.keep_ratio))
 
 
 @torch.no_grad()
@@ -112,14 +117,9 @@ def attention_received(layer: Any, hidden: Tensor, rope: Rope, valid: Tensor, qu
         raise ConfigError("the last slot of a row is padding, so no query is there to ask: pad prompts on the left")
     if query == "last":
         return coming_rows(layer, hidden, rope, valid)[:, :, 0].mean(dim=1)
-    total = torch.zeros(valid.shape, dtype=torch.float32, device=hidden.device)
-    for first in range(0, valid.shape[1], _CHUNK):
-        # Nobody sees what comes after, so the sequence may end with the chunk's last query; padding sees nothing.
-        end = min(first + _CHUNK, valid.shape[1])
-        turns = (rope[0][:, :end], rope[1][:, :end])
-        rows = coming_rows(layer, hidden[:, :end], turns, valid[:, :end], end - first)
-        total[:, :end] += rows.mean(dim=1).sum(dim=1)
-    return total / valid.sum(dim=1, keepdim=True)
+    parts = coming_parts(layer, hidden, rope, valid, valid.shape[1], _AT_ONCE)
+    total = torch.stack([rows.mean(dim=1).sum(dim=1) for rows in parts]).sum(dim=0)
+    return total / valid.sum(dim=1, keepdim=True).to(total.device)
 
 
 class _EnoughError(Exception):

@@ -31,7 +31,7 @@ def class_attention(attention: nn.Module, hidden: Tensor) -> Tensor:
 
 def column_means(attention: nn.Module, hidden: Tensor) -> Tensor:
     """Return what each patch gets, averaged over heads and over all queries: (T, 1 + P, C) to float32 (T, P)."""
-    queries, keys = project_queries(attention, hidden), project_keys(attention, hidden)
+    queries, keys = project_queries(attention, hidden), project_keys(attention, hidden).float()
     chunk = max(1, _AT_ONCE // (queries[:, :, 0, 0].numel() * keys.shape[2]))
     total = torch.zeros(len(hidden), keys.shape[2], dtype=torch.float32, device=hidden.device)
     for some in queries.split(chunk, dim=2):
@@ -41,7 +41,7 @@ def column_means(attention: nn.Module, hidden: Tensor) -> Tensor:
 
 def mean_keys(attention: nn.Module, hidden: Tensor) -> Tensor:
     """Return each patch's key, averaged over heads: (T, 1 + P, C) to float32 (T, P, head width)."""
-    return project_keys(attention, hidden[:, 1:]).float().mean(dim=1)
+    return project_keys(attention, hidden[:, 1:]).mean(dim=1, dtype=torch.float32)
 
 
 def pool_cells(values: Tensor, tokens: int) -> Tensor:

@@ -21,7 +21,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from pgp_lightning.attention import attention_rows, coming_rows, project_keys, project_queries, watch_attention
+from pgp_lightning.attention import (
+    attention_rows,
+    coming_parts,
+    coming_rows,
+    project_keys,
+    project_queries,
+    watch_attention,
+)
 from tests.tiny import enlarge
 from tests.toy_decoder import read_golden, toy_vlm
 
@@ -172,6 +179,49 @@ def test_coming_rows_are_what_the_layer_then_pays(name: str):
         assert found.shape == (3, 4, 4, PROMPT)
         torch.testing.assert_close(found, rows, **CLOSE)
         torch.testing.assert_close(found, matrix[:, :, -4:], **CLOSE)
+
+
+@pytest.mark.parametrize("at_once", [None, 1, 3 * 4 * PROMPT * 4])
+def test_parts_are_the_rows_in_order(at_once: int | None):
+    layer: Any = decoder("qwen2").model.layers[1]
+    hidden, angle = torch.randn(3, PROMPT, 32), torch.rand(3, PROMPT, 8)
+    given = layer, hidden, (angle.cos(), angle.sin()), torch.arange(PROMPT) >= torch.tensor(PADDING)[:, None], 7
+    parts = list(coming_parts(*given, at_once))
+    assert [part.shape[2] for part in parts] == {None: [7], 1: [1] * 7}.get(at_once, [4, 3])
+    torch.testing.assert_close(torch.cat(parts, dim=2), coming_rows(*given))
+    assert not any(part.requires_grad for part in parts)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_coming_rows_are_computed_where_the_layer_lies():
+    layer: Any = decoder("qwen2").model.layers[1]
+    hidden, angle = torch.randn(2, PROMPT, 32), torch.rand(2, PROMPT, 8)
+    given = hidden, (angle.cos(), angle.sin()), torch.ones(2, PROMPT, dtype=torch.bool)
+    here, there = coming_rows(layer, *given), coming_rows(layer.to("cuda"), *given)
+    assert there.is_cuda
+    torch.testing.assert_close(there.cpu(), here, rtol=1e-3, atol=1e-5)
+
+
+def made(dtype: torch.dtype, size: float) -> tuple[Tensor, Tensor]:
+    """Queries and keys, the keys large and alike but for their last parts."""
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.rand(1, 4, 2, 64, generator=generator) + 0.5
+    keys = size * torch.ones(1, 2, 9, 64) + torch.randn(1, 2, 9, 64, generator=generator)
+    return (size * queries).to(dtype), keys.to(dtype)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 60.0), (torch.bfloat16, 12.0)])
+def test_products_of_half_precision_are_neither_infinite_nor_rounded(dtype: torch.dtype, size: float):
+    module: Any = Still()
+    module.scaling = 64**-0.5
+    queries, keys = made(dtype, size)
+    expected = (queries.double() @ keys.double().repeat_interleave(2, dim=1).mT * module.scaling).softmax(dim=-1)
+    found = attention_rows(module, queries, keys)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-4)
+    rounded = (queries @ keys.repeat_interleave(2, dim=1).mT).float() * module.scaling
+    assert not torch.allclose(rounded.softmax(dim=-1).double(), expected, atol=1e-1)  # NaN among it
 
 
 def tower(name: str) -> Any:

@@ -4,39 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from pgp_lightning.embedded.world import draw_scene
 from pgp_lightning.evaluation.guide_cost import guide_flops, scoring_flops
 from pgp_lightning.guides.attention import AttentionGuide
 from pgp_lightning.guides.base import Guide, Remember
 from pgp_lightning.guides.posterior import PosteriorGuide
 from pgp_lightning.guides.simple import AnotherQuestion, OracleGuide, RandomGuide, UniformGuide
-from pgp_lightning.prefill import KeepAll, Pruner
+from pgp_lightning.prefill import KeepAll, Pruner, pruned
+from pgp_lightning.prefill_state import PrefillState
 from pgp_lightning.pruners.divprune import DivPrune
 from pgp_lightning.pruners.fastv import FastV, attention_received
 from pgp_lightning.pruners.guided import Guided
+from pgp_lightning.pruners.vision_zip import VisionZip
 from pgp_lightning.vlm.family import VLM
 from pgp_lightning.vlm.inputs import prompt_inputs
 from pgp_lightning.vlm.loading import load_vlm
 from pgp_lightning.vlm.request import Request
+from pgp_lightning.vlm.tiles import cut_tiles
 from tests.tiny import GRIDS, QUESTIONS, WIDTH, row_of, tiny_request
 from tests.unit.guides.made import make
+from tests.unit.prefill.made import ask, shared
 
 
 def counted(run: Callable[[], object]) -> int:
-    """What torch counts in a call; its formulas lack the CPU's attention kernel, and grouped key heads."""
+    """What torch counts in a call; its formulas lack the CPU's attention kernel, grouped key heads and vectors."""
 
     def attention(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> int:
         (rows, heads, queries, width), keys = query, key[2]
         return int(4 * rows * heads * queries * keys * width)
 
-    kernels = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    def by_vector(matrix: Any, vector: Any, **options: Any) -> int:
+        return int(2 * matrix[0] * matrix[1])
+
+    kernels = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention, torch.ops.aten.mv: by_vector}
     with FlopCounterMode(display=False, custom_mapping=kernels) as counter, torch.no_grad():
         run()
     return counter.get_total_flops()
@@ -119,6 +128,34 @@ def test_guides_without_a_model_cost_nothing(guide: Guide, asked: Request):
     assert guide_flops(guide, asked) == [0, 0, 0, 0]
 
 
+class Learned(Guide):
+    """A guide that runs a model, and says nothing of what it costs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = torch.nn.Linear(2, 2)
+
+    def forward(self, request: Request) -> Tensor:
+        return UniformGuide()(request)
+
+
+class LearnedPruner(Pruner):
+    """A pruner with a model of its own, here inside a guide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = Remember(Learned())
+
+
+def test_what_runs_a_model_and_is_not_registered_has_unknown_costs(tiny_base: str, asked: Request):
+    unknown, vlm = [None] * 4, load_vlm(tiny_base)
+    others = replace(asked, other_questions=asked.questions)
+    for guide in (Learned(), Remember(Learned()), AnotherQuestion(Learned()), Remember(AnotherQuestion(Learned()))):
+        assert guide_flops(guide, others) == unknown
+        assert scoring_flops(Guided(guide), vlm, others, [9] * 4) == unknown
+    assert scoring_flops(LearnedPruner(), vlm, asked, [9] * 4) == unknown
+
+
 class Own(Guide):
     """A guide that the package does not know."""
 
@@ -158,7 +195,7 @@ def test_a_guide_or_pruner_of_ones_own_says_what_it_costs(tiny_base: str, asked:
 def test_pruners(tiny_base: str, asked: Request):
     vlm, guide = load_vlm(tiny_base), make(tiny_base)
     assert scoring_flops(Guided(guide, layer=1), vlm, asked, [9] * 4) == guide_flops(guide, asked)
-    for pruner in (KeepAll(), DivPrune(), Guided(UniformGuide())):
+    for pruner in (KeepAll(), Guided(UniformGuide())):
         assert scoring_flops(pruner, vlm, asked, [9] * 4) == [0] * 4
 
 
@@ -188,6 +225,68 @@ def test_fastv_with_the_attention_of_a_layer_before_the_cut(tiny_base: str, aske
         valid = torch.ones(1, count + 9, dtype=torch.bool)
         run = partial(attention_received, vlm.decoder_layers[0], hidden, (rope, rope), valid, query)
         assert flops == pytest.approx(counted(run), rel=0.01)
+
+
+BESIDE: dict[str, Callable[[], Any]] = {
+    "visionzip": lambda: VisionZip(0.4),
+    "visionzip, columns, input": lambda: VisionZip(0.4, score="column", merge_at="input"),
+    "visionzip, class, output": lambda: VisionZip(0.6, 0.4, score="class", merge_at="output"),
+    "visionzip, dominant": lambda: VisionZip(0.6, 0.0),
+    "divprune": lambda: DivPrune(0.4),
+    "divprune, rounded": lambda: DivPrune(0.4, rounding="round"),
+    "divprune, tiles": lambda: DivPrune(0.4, scope="tile"),
+    "fastv": lambda: FastV(1, 0.4),
+    "fastv, all": lambda: FastV(1, 0.4, "all"),
+    "fastv, all, alone": lambda: FastV(0, 0.4, "all"),
+}
+
+
+@cache
+def answer_model(name: str) -> tuple[VLM, Request]:
+    """Return a model and questions; the embedded model's 320 visual tokens are more than a block of any routine."""
+    if name != "embedded":
+        return shared(name), ask(shared(name))
+    vlm, scene = load_vlm("embedded:answer_model"), draw_scene("test", 0)
+    tiles, grid = cut_tiles(Image.fromarray(scene.image), vlm.processor.rule)
+    return vlm, Request([scene.questions[0].text], torch.from_numpy(tiles), [grid])
+
+
+@pytest.mark.parametrize("name", ["internvl", "llava", "embedded"])
+@pytest.mark.parametrize("kind", BESIDE)
+def test_what_a_prefill_takes_beside_the_answer_model(name: str, kind: str):
+    vlm, request = answer_model(name)
+    for row in range(len(request) if name == "internvl" else 1):
+        alone, pruner = row_of(request, row), BESIDE[kind]()
+        inputs = prompt_inputs(vlm, alone)
+        text = [inputs["input_ids"].shape[1] - alone.counts[0]]
+        kept: list[int] = []
+
+        def prefill(pruner: Pruner) -> None:
+            with pruned(vlm, pruner, inputs, alone) as run:  # noqa: B023
+                vlm.model(**inputs, logits_to_keep=1)  # noqa: B023
+            kept.append(int(run.kept[-1].sum()))  # noqa: B023
+
+        whole = counted(lambda: prefill(pruner))  # noqa: B023
+        # The same schedule, with scores that cost nothing.
+        free = FirstTokens(kept[0], pruner.layers[0])
+        rest = counted(lambda: prefill(free))  # noqa: B023
+        (flops,) = scoring_flops(pruner, vlm, alone, text)
+        assert kept[1] == kept[0]
+        assert flops == pytest.approx(whole - rest, rel=0.01)
+        assert flops > 0
+
+
+class FirstTokens(Pruner):
+    """Keeps the first tokens of a single row."""
+
+    def __init__(self, count: int, layer: int) -> None:
+        super().__init__()
+        self.count, self.layers = count, (layer,)
+
+    def before_layer(self, depth: int, state: PrefillState) -> PrefillState:
+        if (depth,) != self.layers:
+            return state
+        return state.keep_tokens(torch.arange(int(state.counts[0]))[None] < self.count)
 
 
 def test_images_of_a_request_count_by_row(tiny_base: str):

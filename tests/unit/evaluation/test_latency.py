@@ -1,15 +1,28 @@
-"""Timing: what is timed, how often, and that nothing stays on the model. No test looks at how fast anything is."""
+"""Timing: what is timed, how often, and that nothing stays on the model. No test needs anything to be fast."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from pgp_lightning.evaluation import latency
-from pgp_lightning.evaluation.latency import PhaseTimes, Timing, measure, peak_memory, phase_times, sweep, take_turns
+from pgp_lightning.evaluation.latency import (
+    Load,
+    PhaseTimes,
+    Timing,
+    measure,
+    peak_memory,
+    phase_times,
+    sweep,
+    table,
+    take_turns,
+)
 from pgp_lightning.guides.base import Guide
 from pgp_lightning.prefill import KeepAll
 from pgp_lightning.pruners.guided import Guided
@@ -81,6 +94,28 @@ def test_a_sweep_builds_each_batch_size():
     assert loads[1].throughput == pytest.approx(4 / loads[1].seconds.median)
 
 
+def test_the_command_prints_a_row_for_each_batch_size():
+    command = [sys.executable, "-m", "pgp_lightning.evaluation.latency", "--sizes", "1", "2", "--repeats", "1"]
+    done = subprocess.run([*command, "--new-tokens", "2"], capture_output=True, text=True, timeout=240, check=True)
+    head, line, *rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in done.stdout.splitlines()]
+    assert head[0] == "rows" and head[-1] == "speed-up" and len(line) == len(head)
+    assert [row[0] for row in rows] == ["1", "2"]
+    for row in rows:
+        found = dict(zip(head, row, strict=True))
+        assert float(found["full, rows/s"]) > 0 and float(found["pruned, rows/s"]) > 0
+        assert float(found["speed-up"].removesuffix("x")) > 0
+        assert found["full, s"].endswith(")") and found["pruned, s"].endswith(")")
+
+
+def test_the_table_says_what_the_loads_are():
+    full, short = Load(4, Timing(2.0, 1.0, 3.0), 3 * 2**30), Load(4, Timing(0.5, 0.5, 1.0), 2**30)
+    head, line, row = table([full], [short]).splitlines()
+    assert row == "| 4 | 2 s (1 to 3) | 2 | 3.00 | 0.5 s (0.5 to 1) | 8 | 1.00 | 4.00x |"
+    assert head.count("|") == line.count("|") == row.count("|")
+    assert "GiB" in head
+    assert "GiB" not in table([replace(full, peak=None)], [replace(short, peak=None)])
+
+
 @pytest.mark.parametrize("slow", ["guide", "vision", "prefill and decode", ""])
 def test_each_phase_has_its_own_time(vlm, slow):
     request = tiny_request(QUESTIONS[:2], GRIDS[:2])
@@ -123,8 +158,11 @@ def test_hooks_go_when_the_run_fails(vlm, monkeypatch):
     assert hooks_of(vlm.model) == hooks
 
 
-def test_a_guide_that_is_the_answer_model_is_not_taken_for_it(vlm):
-    """Its runs before the answer belong to the guide."""
+def test_a_guide_that_is_the_answer_model_is_not_taken_for_it(vlm, monkeypatch):
+    """Its runs before the answer belong to the guide; on a clock that stands still but for what is slow."""
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(latency, "_now", lambda device: sum(slept))
 
     class Same(SlowGuide):
         def forward(self, request):
@@ -134,7 +172,7 @@ def test_a_guide_that_is_the_answer_model_is_not_taken_for_it(vlm):
     request = tiny_request(QUESTIONS[:1], GRIDS[:1])
     slowed(vlm.vision_tower)
     found = phase_times(vlm, prompt_inputs(vlm, request), Guided(Same()), request, new_tokens=1)
-    assert found.guide >= 2 * SLOW and SLOW <= found.vision < 2 * SLOW
+    assert (found.guide, found.vision, found.total) == pytest.approx((2 * SLOW, SLOW, 3 * SLOW))
 
 
 def hooks_of(model: nn.Module) -> int:

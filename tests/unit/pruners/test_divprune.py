@@ -123,8 +123,12 @@ def test_a_row_does_not_depend_on_its_batch(scope: Any):
 def test_returned_sequences_keep_what_one_keeps():
     vlm = shared("internvl")
     request = ask(vlm)
-    one, kept = logits_of(vlm, DivPrune(0.4), request)
-    several, kept_several = logits_of(vlm, DivPrune(0.4), request, num_beams=2, num_return_sequences=2)
+    pruner = DivPrune(0.4)
+    one, kept = logits_of(vlm, pruner, request)
+    importance = pruner.importance
+    several, kept_several = logits_of(vlm, pruner, request, num_beams=2, num_return_sequences=2)
+    assert importance is not None and pruner.importance is not None
+    assert torch.equal(pruner.importance, importance)  # a row for each of the request's
     assert torch.equal(kept_several[0], kept[0].repeat_interleave(2, dim=0))
     torch.testing.assert_close(several[::2, 0], one[:, 0], atol=CLOSE, rtol=CLOSE)
 
@@ -137,6 +141,20 @@ def test_keeping_all_changes_no_bit_and_hooks_go(family: str):
     all_, _ = logits_of(vlm, DivPrune(1.0), request)
     assert torch.equal(all_, logits_of(vlm, KeepAll(), request)[0])
     assert hooks(vlm.model) == before
+
+
+def test_a_model_without_a_processor_takes_the_size_of_a_tile_from_the_request():
+    vlm = shared("internvl")
+    request = ask(vlm)
+    inputs = prompt_inputs(vlm, request)
+    kept = []
+    for model in (vlm, vlm.model):
+        with torch.no_grad(), pruned(model, DivPrune(0.4, scope="tile"), inputs, request) as run:
+            vlm.model(**inputs)
+        kept.append(run.kept[0])
+    assert torch.equal(*kept)
+    with pytest.raises(ConfigError, match="no processor"), pruned(vlm.model, DivPrune(scope="tile"), inputs):
+        pass
 
 
 def test_another_budget_is_another_pruner():

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from pgp_lightning.attention import coming_parts
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.prefill import KeepAll, Pruner, Run, pruned
 from pgp_lightning.prefill_state import PrefillState
 from pgp_lightning.pruners import fastv
-from pgp_lightning.pruners.fastv import FastV
+from pgp_lightning.pruners.fastv import FastV, attention_received
 from pgp_lightning.selection import keep_top
 from pgp_lightning.vlm.family import VLM
 from pgp_lightning.vlm.inputs import prompt_inputs
@@ -131,13 +132,13 @@ def test_decoding_from_the_cache_is_the_originals(case: str):
     assert tokens == arrays["decode_tokens"].tolist()
 
 
-@pytest.mark.parametrize("chunk", [5, 1000])
+@pytest.mark.parametrize("at_once", [1, 200, 2**24])
 @pytest.mark.parametrize("case", E2E)
 @torch.no_grad()
 def test_attention_of_all_queries_is_the_mean_of_the_whole_matrix(
-    case: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+    case: str, at_once: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(fastv, "_CHUNK", chunk)
+    monkeypatch.setattr(fastv, "_AT_ONCE", at_once)
     arrays = read_golden(f"fastv_{case}.npz")
     vlm, inputs, slots, _ = toy(arrays)
     pruner = FastV(arrays["K"].item(), 0.5, query="all")
@@ -146,6 +147,25 @@ def test_attention_of_all_queries_is_the_mean_of_the_whole_matrix(
     assert pruner.importance is not None
     whole = arrays["attn_layer_Kminus1"].mean(axis=(1, 2))
     close(pruner.importance, whole[slots.numpy()], 1e-5)
+
+
+def test_weights_in_memory_do_not_grow_with_rows_and_heads(monkeypatch: pytest.MonkeyPatch):
+    layer: Any = shared("internvl").decoder_layers[0]  # 4 heads
+    hidden, angle = torch.randn(2, 30, 48), torch.rand(2, 30, 12)
+    valid = torch.arange(30) >= torch.tensor([[0], [7]])
+    sizes: list[int] = []
+
+    def seen(*given: Any) -> Any:
+        for rows in coming_parts(*given):
+            sizes.append(rows.numel())
+            yield rows
+
+    whole = attention_received(layer, hidden, (angle.cos(), angle.sin()), valid, "all")
+    monkeypatch.setattr(fastv, "coming_parts", seen)
+    monkeypatch.setattr(fastv, "_AT_ONCE", 1000)
+    found = attention_received(layer, hidden, (angle.cos(), angle.sin()), valid, "all")
+    torch.testing.assert_close(found, whole)
+    assert max(sizes) == 2 * 4 * 4 * 30 <= 1000 and sum(sizes) == 2 * 4 * 30 * 30
 
 
 @pytest.mark.parametrize("case", E2E)
@@ -236,7 +256,10 @@ def test_returned_sequences_keep_what_one_keeps(layer: int):
     vlm = shared("internvl")
     request = ask(vlm)
     _, one, run = answer(vlm, FastV(layer, 0.4), request)
-    _, several, run_several = answer(vlm, FastV(layer, 0.4), request, num_beams=2, num_return_sequences=2)
+    pruner = FastV(layer, 0.4)
+    _, several, run_several = answer(vlm, pruner, request, num_beams=2, num_return_sequences=2)
+    assert pruner.importance is not None
+    assert torch.equal(run.kept[-1], keep_top(pruner.importance, 0.4))  # a row for each of the request's
     assert torch.equal(run_several.kept[-1], run.kept[-1].repeat_interleave(2, dim=0))
     torch.testing.assert_close(several[::2, 0], one[:, 0], atol=CLOSE, rtol=CLOSE)
 

@@ -168,6 +168,15 @@ def test_scores_are_those_of_the_whole_matrix(family: str, at_once: int, monkeyp
     torch.testing.assert_close(class_attention(attention, hidden), whole[:, :, 0, 1:].sum(dim=1))
 
 
+def test_keys_of_half_precision_are_averaged_in_float32(monkeypatch: pytest.MonkeyPatch):
+    keys = torch.randn(2, 16, 5, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    monkeypatch.setattr(vision_attention, "project_keys", lambda *given: keys)
+    monkeypatch.setattr(Tensor, "float", lambda self: pytest.fail("a copy of all keys in float32"))
+    found = mean_keys(nn.Identity(), torch.zeros(2, 6, 1))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, keys.to(torch.float32).mean(dim=1))
+
+
 def test_cells_are_those_of_pixel_shuffle():
     vlm = shared("internvl")
     seen: list[Tensor] = []
