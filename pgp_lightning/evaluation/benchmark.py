@@ -17,7 +17,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -28,9 +27,10 @@ from pgp_lightning.errors import ConfigError, DataError
 from pgp_lightning.evaluation.cost import Schedule, prune_cost
 from pgp_lightning.evaluation.guide_cost import scoring_flops
 from pgp_lightning.evaluation.latency import PhaseTimes, median_times, phase_times
-from pgp_lightning.evaluation.resume import check_settings, done_samples, read_json
-from pgp_lightning.evaluation.scoring import Answer, exact_match, load_answers
-from pgp_lightning.guides.base import Remember
+from pgp_lightning.evaluation.report import describe_method
+from pgp_lightning.evaluation.resume import alike, attributes, check_settings, done_samples, fingerprint, read_json
+from pgp_lightning.evaluation.scoring import Answer, Sample, exact_match, load_answers
+from pgp_lightning.guides.base import Guide, Remember
 from pgp_lightning.guides.simple import OracleGuide, RandomGuide, UniformGuide
 from pgp_lightning.prefill import KeepAll, Pruner, pruned
 from pgp_lightning.pruners.guided import Guided
@@ -60,7 +60,7 @@ class Method:
 
     label: str
     pruner: Pruner
-    done: set[tuple[str, int]] = field(default_factory=set)
+    done: set[Sample] = field(default_factory=set)
 
     @property
     def name(self) -> str:
@@ -74,7 +74,8 @@ class Benchmark:
     The full model, random tokens, a uniform grid and, where relevant tokens are known, an oracle always run as well.
 
     Args:
-        methods: pruners by the names that the report will use.
+        methods: pruners by the names that the report will use. A `keep_ratio` of their own means nothing here: every
+            pruner runs at the budgets of `keep_ratios`. Of guides that are alike one is kept, for all methods.
         answer_model: the model that is pruned: `embedded:answer_model`, a folder, or a repository on the hub.
         keep_ratios: budgets; every method runs at each.
         manifest: the data.
@@ -153,18 +154,18 @@ class Benchmark:
 
         Args:
             folder: where results go; what is there already is not run again.
-            described: the configuration, by which a resumed run knows that it is the same.
+            described: the configuration, noted and compared beside what the benchmark knows of itself.
 
         Raises:
-            ConfigError: if the folder holds results of another configuration.
+            ConfigError: if the folder holds results of other settings, or of a method or model of other weights.
             DataError: if too many records cannot be used.
         """
         described = described or {}
         folder.mkdir(parents=True, exist_ok=True)
-        check_settings(folder / SETTINGS, described)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.data.prepare_data()
         models = [load_vlm(base, getattr(torch, self.dtype), self.attention) for base in self._bases()]
+        check_settings(folder / SETTINGS, self._settings(models, described))
+        self.data.prepare_data()
         for vlm in models:
             vlm.model.eval().to(device)
         loader = self.data.sample(self.split, self.images)
@@ -172,7 +173,7 @@ class Benchmark:
         first = next(batches, None)
         if first is None:
             raise DataError(f"none of the records of {self.split!r} in {self.manifest} can be used")
-        methods = self._methods(folder, described, device, first.request.relevant is not None)
+        methods = self._methods(folder, device, first.request.relevant is not None)
         rejected: Counter[str] = Counter()
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, disable=not sys.stdout.isatty()) as bar, ExitStack() as stack:
@@ -185,29 +186,59 @@ class Benchmark:
                 bar.advance(task)
         for reason, count in sorted(rejected.items()):
             print(f"left out: {count} records, {reason}")
-        times = self._times(models, methods)
-        summary = {m.name: _summary(folder, m, described) | {"latency": times.get(m.name, {})} for m in methods}
-        # Methods that were left out this time stay described.
-        summary = read_json(folder / METHODS) | summary
-        (folder / METHODS).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        # Methods that were left out this time stay described, and so do times that were not taken again.
+        before, times = read_json(folder / METHODS), self._times(models, methods)
+        for method in methods:
+            latency = times.get(method.name) or before.get(method.name, {}).get("latency", {})
+            answers, configured = load_answers(_lines(folder, method.name)), described.get("methods", {})
+            about = describe_method(answers, method.label, method.pruner, configured.get(method.label, {}))
+            before[method.name] = about | {"latency": latency}
+        (folder / METHODS).write_text(json.dumps(before, indent=2) + "\n", encoding="utf-8")
+
+    def row_names(self) -> list[str]:
+        """Return the names of all rows: methods and controls at every budget, the full model, the guide alone.
+
+        The oracle is none of them where the first batch does not say which tokens are relevant.
+        """
+        self.data.prepare_data()
+        first = next(iter(self.data.sample(self.split, self.images)), None)
+        oracle = [] if first is None or first.request.relevant is None else ["oracle"]
+        labels = [*oracle, *self.pruners, "uniform", "random"]
+        budgets = [Method(name, KeepAll().at(ratio)).name for name in labels for ratio in self.keep_ratios]
+        return ["full", *budgets, *(ALONE if self.guide_alone else ())]
+
+    def _settings(self, models: list[VLM], described: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all that answers depend on, for the note beside them."""
+        own = ("answer_model", "dtype", "manifest", "split", "images", "questions_per_image", "order", "max_new_tokens",
+               "root", "guide_alone")  # fmt: skip
+        configured = described.get("methods", {})
+        methods = {
+            label: {"attributes": attributes(pruner), "weights": fingerprint(pruner)}
+            | ({"configuration": configured[label]} if label in configured else {})
+            for label, pruner in self.pruners.items()
+        }
+        weights = dict(zip(("answer_model", "guide_alone"), (fingerprint(vlm.model) for vlm in models), strict=False))
+        noted = {name: getattr(self, name) for name in own} | {"max_tiles": self.data.max_tiles, "weights": weights}
+        return {**described, **noted, "methods": methods}
 
     def _bases(self) -> list[str]:
         return [self.answer_model, *([self.guide_alone] if self.guide_alone else [])]
 
-    def _methods(
-        self, folder: Path, described: Mapping[str, Any], device: torch.device, relevant: bool
-    ) -> list[Method]:
+    def _methods(self, folder: Path, device: torch.device, relevant: bool) -> list[Method]:
         """Return the rows of the table: every pruner at every budget, the controls among them."""
         controls = {"uniform": Guided(UniformGuide()), "random": Guided(RandomGuide())}
         oracle = {"oracle": Guided(OracleGuide())} if relevant else {}
-        shared: dict[str, Remember] = {}
+        known: dict[str, Guide] = {}
+        shared: dict[Guide, Remember] = {}
         found = [Method("full", KeepAll())]
         for label, pruner in {**oracle, **self.pruners, **controls}.items():
+            if isinstance(pruner, Guided):
+                # In the pruner that was given, too: else it would hold on to a model that nobody asks.
+                pruner.guide = known.setdefault(alike(pruner.guide), pruner.guide)
             pruner = pruner.at(pruner.keep_ratio).to(device).eval()
             if isinstance(pruner, Guided):
-                # Budgets share a guide's scores, and so do methods whose guides are configured alike.
-                arguments = described.get("methods", {}).get(label, {}).get("init_args", {}).get("guide", label)
-                pruner.guide = shared.setdefault(json.dumps(arguments, sort_keys=True), Remember(pruner.guide))
+                # Budgets share a guide's scores, and so do methods whose guides are alike.
+                pruner.guide = shared.setdefault(pruner.guide, Remember(pruner.guide))
             found += [Method(label, pruner.at(ratio)) for ratio in self.keep_ratios]
         if self.guide_alone:
             found += [Method(label, KeepAll()) for label in ALONE]
@@ -215,7 +246,7 @@ class Benchmark:
 
     def _batch(self, models: list[VLM], methods: list[Method], files: Mapping[str, TextIO], batch: Batch) -> None:
         """Answer a batch with every method that has not, and write the answers."""
-        samples = list(zip(batch.keys, batch.turns, strict=True))
+        samples = list(zip(batch.sources, batch.keys, batch.turns, strict=True))
         features: dict[int, Tensor] = {}
         for method in methods:
             if all(sample in method.done for sample in samples):
@@ -245,7 +276,7 @@ class Benchmark:
             n, grid = request.counts[row], request.grids[request.images[row]]
             kept = torch.stack([mask[row, :n] for mask in run.kept]).cpu()
             seen = kept.sum(dim=1).tolist()
-            slots = [int(count[row]) for count in run.slots]
+            slots, cached = ([int(count[row]) for count in counts] for counts in (run.slots, run.cached))
             needed = int(kept[0].view(grid.tiles, -1).any(dim=1).sum()) if pruner.skip_tiles else grid.tiles
             cost = prune_cost(
                 vlm.model.config,
@@ -254,11 +285,14 @@ class Benchmark:
                 text=text[row],
                 new_tokens=steps,
                 tiles_encoded=needed,
+                slots=slots,
+                cached=cached,
             )
             relevant = None if request.relevant is None else request.relevant[row, :n].cpu()
             ranked = pruner.importance if method.label in self.keep_importance else None
             found.append(
                 Answer(
+                    source=batch.sources[row],
                     key=batch.keys[row],
                     turn=batch.turns[row],
                     type=batch.types[row],
@@ -269,7 +303,7 @@ class Benchmark:
                     n=n,
                     kept=seen[-1],
                     layer_average=sum(seen) / len(seen),
-                    kv_entries=sum(slots),
+                    kv_entries=sum(cached),
                     recall=_recall(kept[-1], relevant),
                     importance=None if ranked is None else ranked[row, :n].float().cpu().numpy(),
                     keep=kept[-1].numpy(),
@@ -348,29 +382,3 @@ def _by_image(batch: Batch) -> list[list[str]]:
 
 def _lines(folder: Path, name: str) -> Path:
     return folder / f"{name}.jsonl"
-
-
-def _summary(folder: Path, method: Method, described: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the report says of a method."""
-    answers, pruner = load_answers(_lines(folder, method.name)), method.pruner
-    arguments = described.get("methods", {}).get(method.label, {}).get("init_args", {})
-    means = {name: float(np.mean([a.extra[name] for a in answers])) for name in ("flops", "guide_flops")}
-    shares = [a.extra["tiles_encoded"] / a.extra["tiles"] for a in answers]
-    return {
-        "name": method.label,
-        "keep_ratio": pruner.keep_ratio,
-        "layers": list(pruner.layers),
-        "positions": "renumbered" if getattr(pruner, "renumber", False) else "original",
-        "guide": _named(arguments["guide"]) if arguments.get("guide") else None,
-        **means,
-        "tiles_encoded": float(np.mean(shares)),
-        "pruner": type(pruner).__name__,
-    }
-
-
-def _named(described: Mapping[str, Any]) -> str:
-    """Return a class and its arguments as a configuration has them, the ones that are text: Guide(base, order)."""
-    parts = described["class_path"].split(".")
-    name = next((part for part in parts if part[0].isupper()), parts[-1])
-    inner = described.get("init_args", {}).values()
-    return f"{name}({', '.join(_named(v) if isinstance(v, dict) else v for v in inner if isinstance(v, (str, dict)))})"

@@ -20,11 +20,12 @@ from pgp_lightning.errors import ConfigError
 from pgp_lightning.evaluation import text
 from pgp_lightning.evaluation.overlay import draw_heat, draw_kept
 from pgp_lightning.evaluation.report import build_report
+from pgp_lightning.evaluation.resume import finished_rows
 from pgp_lightning.evaluation.rows import Report
-from pgp_lightning.evaluation.scoring import Answer, Results, exact_match, load_results
+from pgp_lightning.evaluation.scoring import Answer, Results, Scene, exact_match, load_results
 from pgp_lightning.vlm.tiles import TileGrid
 
-__all__ = ["explorer_page", "flips", "write_explorer"]
+__all__ = ["explored_scenes", "explorer_page", "flips", "write_explorer"]
 
 SHOWN = 4  # methods beside each other, unless chosen
 
@@ -99,8 +100,8 @@ def flips(answers: Sequence[Answer], full: Sequence[Answer], most: int | None = 
 
 def write_explorer(
     folder: str | Path,
-    image_of: Callable[[str], Image.Image],
-    grid_of: Callable[[str], TileGrid],
+    image_of: Callable[[Scene], Image.Image],
+    grid_of: Callable[[Scene], TileGrid],
     into: str | Path | None = None,
     methods: Sequence[str] | None = None,
     reference: str = "pgp",
@@ -112,8 +113,8 @@ def write_explorer(
 
     Args:
         folder: with the results.
-        image_of: gives the image of a key.
-        grid_of: gives the way the image of a key was tiled.
+        image_of: gives the image of a scene, its source and key.
+        grid_of: gives the way the image of a scene was tiled.
         into: where to write; by default into the folder itself.
         methods: whose flips are shown, and beside each other for every flip of one of them; by default those of the
             smallest budget, the reference first, four at the most.
@@ -130,7 +131,8 @@ def write_explorer(
         ConfigError: if the unpruned model or a method is missing, a number is not positive, or a grid does not have the
             visual tokens of the answers.
     """
-    results = load_results(folder)
+    rows, _ = finished_rows(folder)
+    results = load_results(folder, rows or None)
     page = explorer_page(
         results, build_report(results, reference, full), image_of, grid_of, methods, max_cases=max_cases, size=size
     )
@@ -143,8 +145,8 @@ def write_explorer(
 def explorer_page(
     results: Results,
     report: Report,
-    image_of: Callable[[str], Image.Image],
-    grid_of: Callable[[str], TileGrid],
+    image_of: Callable[[Scene], Image.Image],
+    grid_of: Callable[[Scene], TileGrid],
     methods: Sequence[str] | None = None,
     max_cases: int = 24,
     size: int = 224,
@@ -153,18 +155,8 @@ def explorer_page(
     if min(max_cases, size) < 1:
         raise ConfigError(f"max_cases and size must be at least 1, got {max_cases} and {size}")
     methods = _default_methods(report) if methods is None else list(dict.fromkeys(methods))
-    known = ", ".join(results.answers)
-    if report.full not in results.answers:
-        raise ConfigError(f"flips are told by the unpruned model, {report.full!r}, which is not among {known}")
-    if missing := [method for method in methods if method not in results.answers or method == report.full]:
-        raise ConfigError(f"no flips to show of {', '.join(missing)}; choose pruned methods among {known}")
+    shown = _cases(results, report, methods, max_cases)
     full = results.answers[report.full]
-    shown: dict[int, list[str]] = {}
-    for method in methods:
-        for place in flips(results.answers[method], full, max_cases):
-            shown.setdefault(place, [])
-    for place in shown:
-        shown[place] = [m for m in methods if results.answers[m][place].correct != full[place].correct]
     names = _names(report)
     types = sorted({full[place].type for place in shown})
     parts = [_head(report), _flip_counts(results, report, shown, max_cases)]
@@ -173,12 +165,37 @@ def explorer_page(
     for place in sorted(shown):
         who, kind = " ".join(str(methods.index(m)) for m in shown[place]), types.index(full[place].type)
         answers = {method: results.answers[method][place] for method in methods}
-        image, grid = _small(image_of(full[place].key), size), grid_of(full[place].key)
+        image, grid = _small(image_of(full[place].scene), size), grid_of(full[place].scene)
         parts.append(
             f'<article data-method="{who}" data-type="{kind}" data-way="{_way(full[place])}">'
             f"{_case(full[place], answers, names, image, grid)}</article>"
         )
     return _document("\n".join(parts))
+
+
+def explored_scenes(
+    results: Results, report: Report, methods: Sequence[str] | None = None, max_cases: int = 24
+) -> set[Scene]:
+    """Return the scenes whose images `explorer_page` asks for; see `write_explorer`."""
+    methods = _default_methods(report) if methods is None else list(dict.fromkeys(methods))
+    full = results.answers.get(report.full, [])
+    return {full[place].scene for place in _cases(results, report, methods, max_cases)}
+
+
+def _cases(results: Results, report: Report, methods: Sequence[str], max_cases: int) -> dict[int, list[str]]:
+    """Return the places of the samples that are shown, and which of the methods flipped each.
+
+    Raises:
+        ConfigError: if the unpruned model or a method is missing.
+    """
+    known = ", ".join(results.answers)
+    if report.full not in results.answers:
+        raise ConfigError(f"flips are told by the unpruned model, {report.full!r}, which is not among {known}")
+    if missing := [method for method in methods if method not in results.answers or method == report.full]:
+        raise ConfigError(f"no flips to show of {', '.join(missing)}; choose pruned methods among {known}")
+    full = results.answers[report.full]
+    places = {place for method in methods for place in flips(results.answers[method], full, max_cases)}
+    return {p: [m for m in methods if results.answers[m][p].correct != full[p].correct] for p in places}
 
 
 def _way(base: Answer) -> str:
@@ -190,16 +207,17 @@ def _case(
 ) -> str:
     """Return what is shown of one question: its texts, its image, and a figure for each method."""
     figures = [_figure([(image, "the image")], f"all tokens: {_given(base)}", "same")]
+    record = f"{base.source}/{base.key}"
     for method, answer in answers.items():
         if grid.tokens != answer.n:
             raise ConfigError(
-                f"the grid of {base.key!r} has {grid.tokens} visual tokens, but the answers of {method} tell of "
+                f"the image of {base} has a grid of {grid.tokens} visual tokens, but the answers of {method} tell of "
                 f"{answer.n}; tile the images as the answer model does"
             )
         figures.append(_method_figure(names[method], answer, image, grid, answer.correct != base.correct))
     return (
         f"<h3>{escape(base.question)}</h3><p>right answer: <b>{escape(base.truth)}</b> "
-        f'<span class="faint">· {escape(base.type)} · {_way(base)} · {escape(base.key)}, turn {base.turn}</span></p>'
+        f'<span class="faint">· {escape(base.type)} · {_way(base)} · {escape(record)}, turn {base.turn}</span></p>'
         f'<div class="row">{"".join(figures)}</div>'
     )
 

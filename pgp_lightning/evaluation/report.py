@@ -16,11 +16,13 @@ from typing import Any, TypeGuard
 
 from pgp_lightning.errors import ConfigError, DataError
 from pgp_lightning.evaluation import text
+from pgp_lightning.evaluation.resume import finished_rows
 from pgp_lightning.evaluation.rows import Report, Row, family
 from pgp_lightning.evaluation.scoring import (
     Answer,
     Interval,
     Results,
+    Sample,
     accuracy,
     accuracy_by_type,
     agreement,
@@ -28,8 +30,54 @@ from pgp_lightning.evaluation.scoring import (
     mean_recall,
     paired_bootstrap,
 )
+from pgp_lightning.guides.base import Guide, Remember
+from pgp_lightning.guides.simple import OracleGuide, RandomGuide, UniformGuide
+from pgp_lightning.prefill import Pruner
 
-__all__ = ["Comparison", "build_report", "paired_markdown", "paired_table", "write_report"]
+__all__ = ["Comparison", "build_report", "describe_method", "paired_markdown", "paired_table", "write_report"]
+
+
+def describe_method(
+    answers: Sequence[Answer], label: str, pruner: Pruner, configured: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what `methods.json` says of a method: means over its answers, null where one is not known.
+
+    Args:
+        answers: of the method, as `Benchmark` writes them.
+        label: its name without budget.
+        pruner: with its budget.
+        configured: its class and arguments, if it was configured; a guide is called by them, else by its class.
+    """
+    guide, given = getattr(pruner, "guide", None), configured.get("init_args", {}).get("guide")
+    while isinstance(guide, Remember):
+        guide = guide.guide
+    control = isinstance(guide, (UniformGuide, RandomGuide, OracleGuide))
+    named = None if control or not isinstance(guide, Guide) else type(guide).__name__
+    return {
+        "name": label,
+        "keep_ratio": pruner.keep_ratio,
+        "layers": list(pruner.layers),
+        "positions": "renumbered" if getattr(pruner, "renumber", False) else "original",
+        "guide": _named(given) if given else named,
+        "flops": _known_mean(answer.extra["flops"] for answer in answers),
+        "guide_flops": _known_mean(answer.extra["guide_flops"] for answer in answers),
+        "tiles_encoded": _mean(answer.extra["tiles_encoded"] / answer.extra["tiles"] for answer in answers),
+        "pruner": type(pruner).__name__,
+    }
+
+
+def _named(configured: Mapping[str, Any]) -> str:
+    """Return a class and its arguments as a configuration has them, the ones that are text: Guide(base, order)."""
+    parts = configured["class_path"].split(".")
+    name = next((part for part in parts if part[0].isupper()), parts[-1])
+    inner = configured.get("init_args", {}).values()
+    return f"{name}({', '.join(_named(v) if isinstance(v, dict) else v for v in inner if isinstance(v, (str, dict)))})"
+
+
+def _known_mean(values: Iterable[float | None]) -> float | None:
+    found = list(values)
+    known = [value for value in found if value is not None]
+    return _mean(known) if len(known) == len(found) else None
 
 
 def build_report(
@@ -61,7 +109,7 @@ def build_report(
     rows = [_row(results, method, reference, full, chance) for method in order]
     rows.sort(key=lambda row: (row.method != full, -(row.keep_ratio or 0.0), order[row.method]))
     samples = results.samples
-    return Report(rows, len(samples), len({key for key, _ in samples}), level, full, reference)
+    return Report(rows, len(samples), len({sample[:2] for sample in samples}), level, full, reference)
 
 
 def _row(results: Results, method: str, reference: str, full: str, chance: dict[str, Any]) -> Row:
@@ -100,14 +148,13 @@ def _row(results: Results, method: str, reference: str, full: str, chance: dict[
 
 def _difference(first: Sequence[Answer], second: Sequence[Answer], chance: Mapping[str, Any]) -> Interval:
     values = [a.correct - b.correct for a, b in zip(first, second, strict=True)]
-    return paired_bootstrap(values, [answer.key for answer in first], **chance)
+    return paired_bootstrap(values, [answer.scene for answer in first], **chance)
 
 
 def _flops(info: Mapping[str, Any]) -> float | None:
     """Return answer model's and guide's together; unknown if one that is needed is."""
-    own, guide = info.get("flops"), info.get("guide_flops")
-    if guide is None and not info.get("guide"):
-        guide = 0.0
+    # A guide's that are null are unknown; where nothing is said of them and there is no guide, there are none.
+    own, guide = info.get("flops"), info.get("guide_flops", None if info.get("guide") else 0.0)
     return float(own + guide) if _is_number(own) and _is_number(guide) else None
 
 
@@ -140,13 +187,18 @@ def write_report(
 ) -> Report:
     """Write report.md, report.csv, report.json and, if anything is pruned, curve.svg about a results folder.
 
+    Rows that a run left unfinished are left out, and named in a line.
+
     Args:
         folder: with the results.
         into: where to write; by default into the folder itself.
         reference: see `build_report`.
         full: see `build_report`.
     """
-    report = build_report(folder, reference, full)
+    rows, unfinished = finished_rows(folder)
+    if unfinished:
+        print(f"not in the report, for they are not finished: {', '.join(unfinished)}")
+    report = build_report(load_results(folder, rows) if rows else folder, reference, full)
     into = Path(into or folder)
     into.mkdir(parents=True, exist_ok=True)
     files = {"report.md": report.markdown(), "report.csv": report.csv(), "report.json": report.json()}
@@ -166,7 +218,7 @@ class Comparison:
         second: the one it is compared with.
         part: which samples: all, or those of one side of a split.
         samples: how many.
-        scenes: how many images they are about.
+        scenes: how many records, one image each, they are about.
         wins: samples that only the first answers rightly.
         losses: samples that only the second answers rightly.
         accuracy: of the first minus that of the second; None without samples.
@@ -187,7 +239,7 @@ class Comparison:
 def paired_table(
     folder: str | Path,
     pairs: Sequence[tuple[str, str]],
-    split: str | Mapping[tuple[str, int], bool] | None = None,
+    split: str | Mapping[Sample, bool] | None = None,
     draws: int = 2000,
     seed: int = 0,
     level: float = 0.95,
@@ -198,7 +250,7 @@ def paired_table(
         folder: with the results.
         pairs: of methods; differences are the first minus the second.
         split: a boolean per sample: the name of a method of the folder (whether it answers rightly: e.g. the guide
-            itself), or of a boolean field of the lines, or a mapping from (key, turn).
+            itself), or of a boolean field of the lines, or a mapping from (source, key, turn).
         draws: of the bootstrap.
         seed: of the bootstrap.
         level: of the intervals.
@@ -227,7 +279,7 @@ def paired_table(
 
 def paired_markdown(rows: Sequence[Comparison]) -> str:
     """Return comparisons as a Markdown table; differences in points with their intervals."""
-    head = ["first", "second", "samples of", "n", "images", "only first right", "only second right"]
+    head = ["first", "second", "samples of", "n", "records", "only first right", "only second right"]
     table = [[*head, "accuracy, first minus second", "recall, first minus second"]]
     for row in rows:
         counts = [str(count) for count in (row.samples, row.scenes, row.wins, row.losses)]
@@ -239,21 +291,23 @@ def paired_markdown(rows: Sequence[Comparison]) -> str:
 def _comparison(
     pair: tuple[str, str], part: str, chosen: Sequence[tuple[Answer, Answer]], chance: Mapping[str, Any]
 ) -> Comparison:
-    recalls = [(a.key, a.recall - b.recall) for a, b in chosen if a.recall is not None and b.recall is not None]
+    recalls = [(a.scene, a.recall - b.recall) for a, b in chosen if a.recall is not None and b.recall is not None]
     return Comparison(
         first=pair[0],
         second=pair[1],
         part=part,
         samples=len(chosen),
-        scenes=len({a.key for a, _ in chosen}),
+        scenes=len({a.scene for a, _ in chosen}),
         wins=sum(a.correct and not b.correct for a, b in chosen),
         losses=sum(b.correct and not a.correct for a, b in chosen),
         accuracy=_difference([a for a, _ in chosen], [b for _, b in chosen], chance) if chosen else None,
-        recall=paired_bootstrap([d for _, d in recalls], [key for key, _ in recalls], **chance) if recalls else None,
+        recall=paired_bootstrap([d for _, d in recalls], [scene for scene, _ in recalls], **chance)
+        if recalls
+        else None,
     )
 
 
-def _sides(results: Results, split: str | Mapping[tuple[str, int], bool]) -> dict[tuple[str, int], bool]:
+def _sides(results: Results, split: str | Mapping[Sample, bool]) -> dict[Sample, bool]:
     """Return on which side of a split each sample is."""
     if not isinstance(split, str):
         sides = dict(split)

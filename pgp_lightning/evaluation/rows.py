@@ -81,7 +81,7 @@ class Report:
     Args:
         rows: one for each method and budget.
         samples: questions that each was asked.
-        scenes: images that they are about.
+        scenes: records, one image each, that they are about.
         level: of the intervals.
         full: the unpruned model's method; the columns relative to it are empty if it is none of the rows.
         reference: the method, with or without budget, that differences are to.
@@ -126,8 +126,9 @@ class Report:
     def notes(self) -> list[str]:
         """Return what a reader has to know, sentence by sentence."""
         found = [
-            f"{self.samples} questions about {self.scenes} images; every method answered the same ones.",
-            f"Intervals: {100 * self.level:g} %, percentile bootstrap over images; differences are paired.",
+            f"{self.samples} questions about {self.scenes} records; every method answered the same ones.",
+            f"Intervals: {100 * self.level:g} %, percentile bootstrap over records (one image each); differences are "
+            "paired.",
             "Budget: share of the visual tokens that is kept. Kept at last layer and layer average count visual "
             "tokens; KV entries are the prompt's slots, of text too, summed over the layers.",
         ]
@@ -206,7 +207,7 @@ class Report:
                 point = Point(costs[row.method], mean, low, high, label)
                 lines.setdefault(family(row.method), []).append(point)
         names = {family(row.method): family(row.name) for row in reversed(rows)}
-        note = f"Bars: {100 * self.level:g} % intervals over images."
+        note = f"Bars: {100 * self.level:g} % intervals over records."
         if left_out := sorted({family(row.name) for row in rows if row.method not in costs}):
             note += f" Without FLOPs, so not drawn: {', '.join(left_out)}."
         strong = family(self.reference)

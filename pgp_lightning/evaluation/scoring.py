@@ -1,7 +1,7 @@
 """Scores of answers: what a run writes down for each question, matching, and intervals that know of scenes.
 
-A sample is one question turn; the turns of one image (a *scene*, named by its key) share their picture and are no
-independent draws, so every interval resamples whole scenes. Differences between methods are paired: taken per sample
+A sample is one question turn; the turns of one record (a *scene*, named by source and key) share their picture and are
+no independent draws, so every interval resamples whole scenes. Differences between methods are paired: taken per sample
 first, resampled after.
 """
 
@@ -24,6 +24,8 @@ __all__ = [
     "Answer",
     "Interval",
     "Results",
+    "Sample",
+    "Scene",
     "accuracy",
     "accuracy_by_type",
     "agreement",
@@ -34,11 +36,15 @@ __all__ = [
     "paired_bootstrap",
 ]
 
+Scene = tuple[str, str]  # source and key: keys name records within a source only
+Sample = tuple[str, str, int]  # source, key and turn
+
 HALF_MAX = 65504.0  # greatest finite float16
 BLOCK = 2**22  # scenes drawn at once: 32 MiB of indices
 
 # Field of a line -> what it must be; `answer` is the truth, `given` what the model said.
 _TYPES: dict[str, tuple[type, ...]] = {
+    "source": (str,),
     "key": (str,),
     "turn": (int,),
     "type": (str,),
@@ -72,7 +78,8 @@ class Answer:
     """One line of a method's results: a question turn and how it was answered.
 
     Args:
-        key: the record, and so the scene, that the question is about.
+        source: the source of the data that the record is from.
+        key: the record, and so with its source the scene, that the question is about.
         turn: which of the record's question turns.
         type: kind of question.
         question: its text.
@@ -93,6 +100,7 @@ class Answer:
         DataError: if a number is not finite, an array is not (M,), or an importance is NaN.
     """
 
+    source: str
     key: str
     turn: int
     type: str
@@ -123,12 +131,17 @@ class Answer:
             raise DataError(f"{self}: the importance holds NaN; look for overflow in the guide or the pruner")
 
     def __str__(self) -> str:
-        return f"turn {self.turn} of {self.key!r}"
+        return f"turn {self.turn} of {f'{self.source}/{self.key}'!r}"
 
     @property
-    def sample(self) -> tuple[str, int]:
-        """What a sample is known by: key and turn."""
-        return self.key, self.turn
+    def scene(self) -> Scene:
+        """What a record is known by: source and key."""
+        return self.source, self.key
+
+    @property
+    def sample(self) -> Sample:
+        """What a sample is known by: source, key and turn."""
+        return self.source, self.key, self.turn
 
     def to_json(self) -> str:
         """Return the line, without its newline: ASCII JSON.
@@ -203,7 +216,7 @@ def load_answers(file: Path, partial: bool = False) -> list[Answer]:
     Raises:
         DataError: naming file and line, if a line cannot be read or a sample is there twice.
     """
-    answers: dict[tuple[str, int], Answer] = {}
+    answers: dict[Sample, Answer] = {}
     # Not splitlines: JSON may hold other line separators than the newline.
     lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
@@ -236,7 +249,7 @@ class Results:
     info: dict[str, dict[str, Any]]
 
     @property
-    def samples(self) -> list[tuple[str, int]]:
+    def samples(self) -> list[Sample]:
         """The samples in their order."""
         return [answer.sample for answer in next(iter(self.answers.values()))]
 
@@ -264,10 +277,8 @@ def load_results(folder: str | Path, methods: Sequence[str] | None = None) -> Re
     if not found:
         raise ConfigError(f"{folder} holds no results (<method>.jsonl); run `pgp compare` into it first")
     chosen = list(methods) if methods is not None else [*info, *(name for name in found if name not in info)]
-    if missing := [name for name in chosen if name not in found]:
-        raise ConfigError(
-            f"{folder} holds no results of {', '.join(missing)}; run them, or choose among {', '.join(found)}"
-        )
+    if missing := ", ".join(name for name in chosen if name not in found):
+        raise ConfigError(f"{folder} holds no results of {missing}; run them, or choose among {', '.join(found)}")
     if not chosen:
         raise ConfigError(f"no methods chosen; {folder} has {', '.join(found)}")
     answers = {name: load_answers(folder / f"{name}.jsonl") for name in chosen}
@@ -281,7 +292,7 @@ def _paired(answers: dict[str, list[Answer]]) -> dict[str, list[Answer]]:
         ConfigError: if one lacks samples that another has, or there are none.
         DataError: if question, truth or type of a sample differ.
     """
-    everywhere: dict[tuple[str, int], Answer] = {}
+    everywhere: dict[Sample, Answer] = {}
     for rows in answers.values():
         for answer in rows:
             known = everywhere.setdefault(answer.sample, answer)
@@ -312,7 +323,7 @@ class Interval(NamedTuple):
 
 def paired_bootstrap(
     difference: np.ndarray | Sequence[float],
-    clusters: np.ndarray | Sequence[Any],
+    clusters: Sequence[Any] | np.ndarray,
     draws: int = 2000,
     seed: int = 0,
     level: float = 0.95,
@@ -326,7 +337,7 @@ def paired_bootstrap(
 
     Args:
         difference: (n,) a value for each sample: of one method minus another, or of one method.
-        clusters: (n,) the scene of each sample.
+        clusters: (n,) the scene of each sample, whatever can be sorted.
         draws: number of resamples.
         seed: of the draws; the same data and seed give the same interval.
         level: probability that the interval aims at.
@@ -338,7 +349,8 @@ def paired_bootstrap(
         ValueError: if there are no samples, shapes differ, a value is not finite, or an argument is out of range.
     """
     values = np.asarray(difference, dtype=np.float64)
-    names, member = np.unique(np.asarray(clusters), return_inverse=True)
+    names = {name: place for place, name in enumerate(sorted(set(clusters)))}
+    member = np.array([names[name] for name in clusters], dtype=np.int64)
     if values.ndim != 1 or not len(values) or member.shape != values.shape:
         raise ValueError(f"expected (n,) differences and (n,) clusters, n > 0, got {values.shape} and {member.shape}")
     if not np.isfinite(values).all():
@@ -360,7 +372,7 @@ def paired_bootstrap(
 
 def accuracy(answers: Sequence[Answer], draws: int = 2000, seed: int = 0, level: float = 0.95) -> Interval:
     """Return the share of right answers with an interval over scenes."""
-    return paired_bootstrap([a.correct for a in answers], [a.key for a in answers], draws, seed, level)
+    return paired_bootstrap([a.correct for a in answers], [a.scene for a in answers], draws, seed, level)
 
 
 def accuracy_by_type(answers: Iterable[Answer]) -> dict[str, float]:

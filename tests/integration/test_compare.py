@@ -98,7 +98,7 @@ def test_a_comparison_writes_its_report(whole: Path):
         table = {row["method"]: row for row in csv.DictReader(file)}
     assert table.keys() == names
     text = (whole / "report.md").read_text()
-    assert "12 questions about 6 images" in text
+    assert "12 questions about 6 records" in text
     for row in report["rows"]:
         mine = answers[row["method"]]
         right = sum(answer.correct for answer in mine) / 12
@@ -140,8 +140,7 @@ def test_a_killed_comparison_goes_on(config: dict[str, Any], whole: Path, tmp_pa
 
 
 def test_a_later_method_joins(config: dict[str, Any], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    output = tmp_path / "out"
-    shutil.copytree(whole, output)
+    output = shutil.copytree(whole, tmp_path / "out")
     more = {
         **config,
         "methods": {**config["methods"], "zip": {"class_path": "pgp_lightning.pruners.vision_zip.VisionZip"}},
@@ -211,6 +210,11 @@ def too_deep(config: dict[str, Any]) -> None:
             ["embedded:gone", "embedded:pgp_seed0"],
         ),
         (changed(methods={"a@5": guided("embedded:pgp_seed0")}, keep_importance=[]), ["'a@5'"]),
+        (changed(reference="pgb"), ["reference names pgb", "pgp", "full", "pgp@5"]),
+        (changed(explore=["pgp@5", "pgp@6", "sgp", "full"]), ["explore names pgp@6, sgp, full,"]),
+        (changed(pairs=[["pgp", "fastv"]]), ["pairs names fastv,", "fastv_L2", "guide_image_first"]),
+        (changed(split_pairs=[["pgp", "sgpp"]]), ["split_pairs names sgpp,"]),
+        (changed(guide_alone=None), ["split_pairs", "give guide_alone"]),
         (too_deep, ["cannot prune before layer 4", "0 to 3"]),
     ],
     ids=lambda value: "" if callable(value) else value[0],
@@ -227,6 +231,28 @@ def test_a_mistake_is_one_line(
     line = fails(command(written(mine, tmp_path), tmp_path / "out", "--images=1")[3:], capsys)
     assert all(word in line for word in words), line
     assert not list(tmp_path.glob("out/report*"))
+    assert "names" not in line or not (tmp_path / "out").exists()
+
+
+def test_where_no_relevant_tokens_are_known_the_oracle_is_no_row(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    manifest = write_scenes(tmp_path, Scenes("objects", 1, known=False))
+    path = written({**config, "manifest": str(manifest), "pairs": [["pgp", "oracle"]]}, tmp_path)
+    assert "pairs names oracle," in fails(command(path, tmp_path / "out")[3:], capsys)
+
+
+def test_rows_without_a_budget_can_be_reference_and_in_pairs(config: dict[str, Any], whole: Path, tmp_path: Path):
+    output = shutil.copytree(whole, tmp_path / "out")
+    (output / "gone@5.jsonl").write_text("".join((whole / "pgp@5.jsonl").read_text().splitlines(keepends=True)[:3]))
+    given = {**config, "pairs": [["pgp", "full"], ["full", "guide_image_first"]]}
+    words = command(written(given, tmp_path), output, "--images", "6", "--reference", "full")
+    assert main(words[3:]) == 0
+    lines = [line for line in (output / "paired.md").read_text().splitlines() if "| all |" in line]
+    pairs = [("pgp@5", "full"), ("pgp@20", "full"), ("full", "guide_image_first")]
+    assert [tuple(line.split(" | ")[:2]) for line in lines] == [(f"| {first}", second) for first, second in pairs]
+    rows = {row["method"]: row["reference"] for row in json.loads((output / "report.json").read_text())["rows"]}
+    assert set(rows.values()) == {"full", None} and "gone@5" not in rows
 
 
 @pytest.mark.parametrize(

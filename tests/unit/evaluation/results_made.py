@@ -21,6 +21,7 @@ SAMPLES = [("a", 0, "colour"), ("a", 1, "count"), ("b", 0, "colour"), ("b", 1, "
 
 def answer(key: str = "a", turn: int = 0, type: str = "colour", correct: bool = True, **more: Any) -> Answer:
     values: dict[str, Any] = {
+        "source": "made",
         "question": f"what {type} is it, {key}{turn}?",
         "truth": "red",
         "given": "red" if correct else "blue",

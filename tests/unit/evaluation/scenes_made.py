@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from pgp_lightning.data.shards import write_source
 from pgp_lightning.embedded.records import EmbeddedRecords
@@ -29,12 +29,18 @@ class Scenes:
 
     Args:
         known: whether records say which tokens are relevant.
+        name: of the source; by default the family's.
     """
 
     family: Any
     size: int
     broken: tuple[int, ...] = ()
     known: bool = True
+    name: str | None = None
+
+    @property
+    def source(self) -> str:
+        return self.name or str(self.family)
 
     def __len__(self) -> int:
         return self.size
@@ -54,8 +60,8 @@ def write_scenes(folder: Path, *sources: Scenes, **options: Any) -> Path:
     """Write shards and a manifest with nothing but a test split, and return the manifest; options go to sources."""
     sources = sources or tuple(Scenes(family, size) for family, size in FAMILIES.items())
     for source in sources:
-        write_source(folder / "shards" / "test" / source.family, source, samples_per_shard=2, progress=False)
-    listed = [{"name": source.family, **options} for source in sources]
+        write_source(folder / "shards" / "test" / source.source, source, samples_per_shard=2, progress=False)
+    listed = [{"name": source.source, **options} for source in sources]
     manifest = {"name": "few", "licence": "Apache-2.0", "root": str(folder / "shards"), "splits": {"test": listed}}
     path = folder / "few.yaml"
     path.write_text(yaml.safe_dump(manifest))
@@ -63,10 +69,15 @@ def write_scenes(folder: Path, *sources: Scenes, **options: Any) -> Path:
 
 
 class Counted(Guide):
-    """Likes the first tokens best, and notes the questions and other questions of every call."""
+    """Likes the first tokens best, and notes the questions and other questions of every call.
 
-    def __init__(self) -> None:
+    Args:
+        weight: a parameter that changes nothing; none by default.
+    """
+
+    def __init__(self, weight: float | None = None) -> None:
         super().__init__()
+        self.weight = None if weight is None else nn.Parameter(torch.tensor([weight]))
         self.calls: list[list[tuple[str, str | None]]] = []
 
     def forward(self, request: Request) -> Tensor:
@@ -86,13 +97,13 @@ class Last(Pruner):
 
     def __init__(self, keep_ratio: float = 0.1, fail_at: int | None = None) -> None:
         super().__init__()
-        self.keep_ratio, self.layers, self.fail_at = keep_ratio, (1,), fail_at
+        self.keep_ratio, self.layers, self._fail_at = keep_ratio, (1,), fail_at
         self.prefills: list[int] = []  # one list for all budgets
 
     def before_layer(self, depth: int, state: PrefillState) -> PrefillState:
         if depth != 1:
             return state
-        if len(self.prefills) == self.fail_at:
+        if len(self.prefills) == self._fail_at:
             raise RuntimeError("power cut")
         self.prefills.append(len(state.hidden))
         place = torch.arange(int(state.counts.max()), dtype=torch.float32)

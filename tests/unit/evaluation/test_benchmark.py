@@ -17,6 +17,7 @@ from pgp_lightning.errors import ConfigError, DataError
 from pgp_lightning.evaluation.benchmark import Benchmark
 from pgp_lightning.evaluation.cost import Schedule, prune_cost
 from pgp_lightning.evaluation.flops import layer_flops, posterior_flops, projector_flops, vision_flops
+from pgp_lightning.evaluation.guide_cost import scoring_flops
 from pgp_lightning.evaluation.scoring import Answer, load_answers, load_results
 from pgp_lightning.guides.attention import AttentionGuide
 from pgp_lightning.guides.posterior import PosteriorGuide
@@ -29,7 +30,7 @@ from pgp_lightning.pruners.vision_zip import VisionZip
 from pgp_lightning.vlm.inputs import generate, prompt_inputs, read_answers
 from pgp_lightning.vlm.loading import load_vlm
 from pgp_lightning.vlm.request import Request
-from pgp_lightning.vlm.tiles import cut_tiles
+from pgp_lightning.vlm.tiles import TileGrid, cut_tiles
 from tests.unit.evaluation.scenes_made import (
     FAMILIES,
     LONGEST,
@@ -102,9 +103,9 @@ def test_every_method_answers_every_question_once_and_in_order(folder: Path):
     assert {path.stem for path in folder.glob("*.jsonl")} == expected
     assert list(json.loads((folder / "methods.json").read_text())) == list(load_results(folder).answers)
     for name, answers in load_results(folder).answers.items():
-        asked = [(record["id"], place, turn) for record in records() for place, turn in enumerate(record["turns"][:2])]
-        for answer, (key, place, turn) in zip(answers, asked, strict=True):
-            assert (answer.key, answer.turn) == (key, place), name
+        asked = [(record, place, turn) for record in records() for place, turn in enumerate(record["turns"][:2])]
+        for answer, (record, place, turn) in zip(answers, asked, strict=True):
+            assert answer.sample == (record["id"].split("-")[1], record["id"], place), name
             assert (answer.question, answer.truth, answer.type) == (turn["question"], turn["answer"], turn["type"])
 
 
@@ -124,7 +125,11 @@ def test_budgets_are_kept_counts(folder: Path):
 
 
 def test_figures_are_those_of_the_kept_masks(folder: Path, models: dict[str, Any]):
-    relevant = {(r["id"], place): set(turn["relevant"]) for r in records() for place, turn in enumerate(r["turns"])}
+    relevant = {
+        (r["id"].split("-")[1], r["id"], place): set(turn["relevant"])
+        for r in records()
+        for place, turn in enumerate(r["turns"])
+    }
     seen = set()
     for label, ratio, answer in lines(folder):
         vlm, depth = models["guide" if label in ALONE else "answer_model"], DEPTH - (label in ALONE)
@@ -147,7 +152,13 @@ def test_figures_are_those_of_the_kept_masks(folder: Path, models: dict[str, Any
             vlm.model.config, schedule, tiles=TILES, text=text, new_tokens=steps, tiles_encoded=encoded
         ).answer_model
         scoring = {"pgp": pgp_flops, "pgp_L2": pgp_flops, "fastv": fastv_flops, "fastv_L2": row_flops}
-        guide = scoring.get(label, lambda *_: 0)(models, answer)
+        if label in ("divprune", "vision_zip"):
+            tiles = torch.zeros(TILES, 3, 128, 128, dtype=torch.uint8)
+            request = Request([answer.question], tiles, [TileGrid(2, 2, 8, True)])
+            pruner = (DivPrune() if label == "divprune" else VisionZip()).at(ratio or 1.0)
+            (guide,) = scoring_flops(pruner, vlm, request, [text])
+        else:
+            guide = scoring.get(label, lambda *_: 0)(models, answer)
         assert answer.extra == {
             "flops": cost, "guide_flops": guide, "tiles": TILES, "tiles_encoded": encoded, "new_tokens": steps
         }, label  # fmt: skip
@@ -207,7 +218,8 @@ def test_importance_is_kept_for_the_methods_asked_for(folder: Path):
 
 def test_methods_are_described(folder: Path):
     found = json.loads((folder / "methods.json").read_text())
-    assert found["pgp@5"]["guide"] == "Guide(c)" and found["fastv@5"]["guide"] is None
+    assert found["pgp@5"]["guide"] == "Guide(c)" and found["pgp_L2@5"]["guide"] == "PosteriorGuide"
+    assert all(found[f"{name}@5"]["guide"] is None for name in ("fastv", "random", "uniform", "oracle"))
     assert found["pgp_L2@20"]["layers"] == [2] and found["pgp_L2@20"]["keep_ratio"] == 0.2
     assert found["full"]["keep_ratio"] == 1 and found["full"]["tiles_encoded"] == 1
     for name, about in found.items():
@@ -232,14 +244,13 @@ def test_times_are_taken_one_question_at_a_time(manifest: Path, tmp_path: Path):
 
 
 def test_a_guide_is_asked_once_a_batch(manifest: Path, tmp_path: Path):
-    once, other, twice = Counted(), Counted(), Counted()
+    once, other, twice = Counted(0.5), Counted(0.5), Counted(0.25)
     methods = {"a": Guided(once), "b": Guided(other, layer=2), "c": Guided(twice)}
-    same = {"init_args": {"guide": {"class_path": "x.Y"}}}
-    described = {"methods": {"a": same, "b": same, "c": {"init_args": {"guide": {"class_path": "x.Z"}}}}}
-    make(manifest, methods, images=4, max_new_tokens=1).run(tmp_path, described)
-    # Two batches, two budgets; of two guides that are configured alike one is asked.
+    make(manifest, methods, images=4, max_new_tokens=1).run(tmp_path)
+    # Two batches, two budgets; of two guides that are alike one is asked, and the other is let go.
     assert [len(call) for call in once.calls] == [len(call) for call in twice.calls] == [4, 4] and not other.calls
-    assert not once.training
+    assert methods["b"].guide is once and methods["c"].guide is twice
+    assert not once.training and other.training
 
 
 def test_the_pruners_given_stay_as_they_are(manifest: Path, tmp_path: Path):

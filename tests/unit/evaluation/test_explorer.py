@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 
 from pgp_lightning.errors import ConfigError
-from pgp_lightning.evaluation.explorer import flips, write_explorer
+from pgp_lightning.evaluation.explorer import explored_scenes, flips, write_explorer
 from pgp_lightning.evaluation.overlay import draw_kept
-from pgp_lightning.evaluation.scoring import load_results
+from pgp_lightning.evaluation.report import build_report
+from pgp_lightning.evaluation.scoring import Scene, load_results
 from pgp_lightning.vlm.tiles import TileGrid
 from tests.unit.evaluation.results_made import FULL, GRID, answer, answers, comparison, write
 
@@ -55,13 +56,14 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def image_of(key: str) -> Image.Image:
-    rng = np.random.default_rng(ord(key))
+def image_of(scene: Scene) -> Image.Image:
+    assert scene[0] == "made"
+    rng = np.random.default_rng(ord(scene[1]))
     return Image.fromarray(rng.integers(0, 255, (300, 600, 3)).astype(np.uint8))
 
 
 def explore(folder: Path, **more: object) -> tuple[str, Page]:
-    text = write_explorer(folder, image_of, lambda key: GRID, **more).read_text(encoding="utf-8")
+    text = write_explorer(folder, image_of, lambda scene: GRID, **more).read_text(encoding="utf-8")
     return text, Page(text)
 
 
@@ -120,7 +122,7 @@ def test_pictures_are_embedded_small_and_those_of_the_overlays(folder: Path):
         assert image.size == (100, 50)
         assert image.format.lower() == kind
         drawn.append(image)
-    small = image_of("a").resize((100, 50), Image.Resampling.LANCZOS)
+    small = image_of(("made", "a")).resize((100, 50), Image.Resampling.LANCZOS)
     keep = np.zeros(FULL, dtype=bool)
     keep[[0, 5, 11]] = True
     difference = np.asarray(drawn[1], dtype=float) - np.asarray(draw_kept(small, GRID, keep), dtype=float)
@@ -133,8 +135,23 @@ def test_pictures_are_embedded_small_and_those_of_the_overlays(folder: Path):
     ]
 
 
+def test_only_pictures_of_what_is_shown_are_asked_for(folder: Path):
+    results, asked = load_results(folder), set[Scene]()
+    report = build_report(results)
+    for methods, scenes in ((["pgp@25"], "b"), (["random@25"], "abc"), (None, "abc"), (["pgp@50"], "")):
+        asked.clear()
+
+        def image(scene: Scene) -> Image.Image:
+            asked.add(scene)
+            return image_of(scene)
+
+        write_explorer(folder, image, lambda scene: GRID, methods=methods)
+        assert explored_scenes(results, report, methods) == asked == {("made", key) for key in scenes}
+    assert explored_scenes(results, report, ["random@25"], max_cases=1) == {("made", "a")}
+
+
 def test_small_images_are_not_enlarged(folder: Path):
-    file = write_explorer(folder, lambda key: Image.new("L", (20, 10)), lambda key: GRID, size=100)
+    file = write_explorer(folder, lambda scene: Image.new("L", (20, 10)), lambda scene: GRID, size=100)
     assert {(p["width"], p["height"]) for p in Page(file.read_text()).all("img")} == {("20", "10")}
 
 
@@ -156,7 +173,7 @@ def test_the_file_needs_nothing_else(folder: Path):
 def test_whatever_the_texts_hold_is_shown_and_not_run(tmp_path: Path):
     full = [replace(answer(key, type=EVIL), question=EVIL, truth=EVIL, given=EVIL) for key in "ab"]
     pruned = [replace(row, correct=False, given=f"{EVIL}!", n=FULL) for row in full]
-    write(tmp_path, {"full": full, "pgp@5": pruned}, {"pgp@5": {"name": EVIL, "note": EVIL, "guide": EVIL}})
+    write(tmp_path, {"full": full, "pgp@5": pruned}, {"full": {}, "pgp@5": {"name": EVIL, "note": EVIL, "guide": EVIL}})
     text, page = explore(tmp_path)
     assert len(page.all("script")) == 1
     assert not [p for p in page.all("img") if not (p["src"] or "").startswith("data:")]
@@ -206,8 +223,11 @@ def test_kept_tokens_that_were_not_recorded_are_said_to_be(tmp_path: Path):
 
 
 def test_errors(folder: Path):
-    with pytest.raises(ConfigError, match="the grid of 'b' has 4 visual tokens, but the answers of pgp@25 tell of 12"):
-        write_explorer(folder, image_of, lambda key: TileGrid(1, 1, 2, False), methods=["pgp@25"])
+    with pytest.raises(
+        ConfigError,
+        match="the image of turn 0 of 'made/b' has a grid of 4 visual tokens, but the answers of pgp@25 tell of 12",
+    ):
+        write_explorer(folder, image_of, lambda scene: TileGrid(1, 1, 2, False), methods=["pgp@25"])
     with pytest.raises(ConfigError, match="no flips to show of full, sgp"):
         explore(folder, methods=["full", "sgp"])
     with pytest.raises(ConfigError, match="'whole', which is not among full"):
@@ -217,6 +237,6 @@ def test_errors(folder: Path):
 
 
 def test_it_stands_where_it_is_asked_to(folder: Path, tmp_path: Path):
-    file = write_explorer(folder, image_of, lambda key: GRID, into=tmp_path / "a" / "b")
+    file = write_explorer(folder, image_of, lambda scene: GRID, into=tmp_path / "a" / "b")
     assert file == tmp_path / "a" / "b" / "explorer.html"
     assert len(load_results(folder).answers) == 4

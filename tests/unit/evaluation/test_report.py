@@ -63,6 +63,7 @@ class TestRows:
             "kept": 3.0,
             "layer_average": 4.5,
             "kv_entries": 35.0,
+            "tiles_encoded": None,
             "flops": 3e9,  # answer model 2e9, guide 1e9
             "flops_relative": 0.375,
             "times": {"prefill, ms": 1.5},
@@ -107,6 +108,14 @@ class TestRows:
         assert rows["pgp@50"].flops is None  # has a guide, but not its FLOPs
         assert rows["random@25"].flops == 2e9  # has none
         assert rows["full"].flops_relative == 1
+
+    def test_flops_that_nobody_knows_are_empty_even_without_a_guide(self, folder: Path):
+        described = json.loads((folder / "methods.json").read_text())
+        described["random@25"]["guide_flops"] = None
+        (folder / "methods.json").write_text(json.dumps(described))
+        report = build_report(folder)
+        assert {row.method for row in report.rows if row.flops is None} == {"pgp@50", "random@25"}
+        assert dict(zip(report.table()[0], report.table()[3], strict=True))["GFLOPs incl. guide"] == ""
 
     def test_nothing_relative_without_the_full_model(self, folder: Path):
         (folder / "full.jsonl").unlink()
@@ -171,6 +180,11 @@ class TestMarkdown:
         }
         assert dict(zip(table[0], table[1], strict=True))["budget"] == "all"
 
+    def test_the_notes_say_what_is_resampled(self, folder: Path):
+        counts, intervals, *_ = build_report(folder).notes()
+        assert counts == "5 questions about 3 records; every method answered the same ones."
+        assert "percentile bootstrap over records (one image each)" in intervals
+
     def test_notes_and_names_are_escaped(self, folder: Path):
         assert r"pgp, 25 %: a \| note" in build_report(folder).markdown()
         assert plain("a_b _c_ <b> [x](y) `z`\n*") == r"a_b \_c\_ &lt;b> [x\](y) \`z\` \*"
@@ -218,6 +232,22 @@ class TestFiles:
     def test_into_the_folder_itself_and_again(self, folder: Path):
         first = write_report(folder)
         assert write_report(folder) == first
+
+    def test_what_is_unfinished_is_left_out_and_named(self, folder: Path, capsys: pytest.CaptureFixture[str]):
+        whole = write_report(folder)
+        assert capsys.readouterr().out == ""
+        # A method that was taken out after a stop, in the middle of a line, and one that never got that far.
+        write(folder, {"gone@50": answers("11110")[:2], "gone@25": []})
+        lines = (folder / "gone@50.jsonl").read_text()
+        (folder / "gone@50.jsonl").write_text(lines[:-20])
+        assert write_report(folder) == whole
+        assert capsys.readouterr().out == "not in the report, for they are not finished: gone@25, gone@50\n"
+        write(folder, {"pgp@50": answers("11110")[:-1]})
+        assert [row.method for row in write_report(folder).rows] == ["full", "random@25", "pgp@25"]
+        # Too many lines are no reason to leave out the others, but an error.
+        write(folder, {"pgp@50": answers("11110") * 2})
+        with pytest.raises(DataError, match="is there twice"):
+            write_report(folder)
 
     def test_the_full_model_alone_has_no_curve(self, tmp_path: Path):
         write(tmp_path, {"full": answers("11111")})
@@ -340,7 +370,7 @@ class TestPairs:
         assert [row.accuracy for row in by_field] == [row.accuracy for row in by_mapping]
 
     def test_a_side_without_samples_has_no_interval(self, folder: Path):
-        rows = paired_table(folder, [("pgp@25", "full")], split={(key, turn): True for key, turn, _ in SAMPLES})
+        rows = paired_table(folder, [("pgp@25", "full")], split={("made", key, turn): True for key, turn, _ in SAMPLES})
         assert (rows[2].samples, rows[2].accuracy, rows[2].recall) == (0, None, None)
         assert paired_markdown(rows).splitlines()[-1].endswith("| 0 | 0 | 0 | 0 |  |  |")
 
@@ -354,8 +384,8 @@ class TestPairs:
         with pytest.raises(ConfigError, match="split guide says nothing of 5 of 5 samples"):
             paired_table(folder, [("pgp@25", "full")], split="guide")
         with pytest.raises(ConfigError, match="says nothing of 4 of 5"):
-            paired_table(folder, [("pgp@25", "full")], split={("a", 0): True})
+            paired_table(folder, [("pgp@25", "full")], split={("made", "a", 0): True})
         row = answers("11010")[0]
         write(folder, {"pgp@25": [row.__class__(**{**vars(row), "extra": {"x": 1}}), *answers("11010")[1:]]})
-        with pytest.raises(DataError, match="'x' of turn 0 of 'a' must be true or false"):
+        with pytest.raises(DataError, match="'x' of turn 0 of 'made/a' must be true or false"):
             paired_table(folder, [("pgp@25", "full")], split="x")

@@ -48,6 +48,7 @@ class TestLines:
         keep[[0, 9]] = True
         line = answer(recall=0.5, keep=keep, importance=np.arange(12.0), extra={"guide_correct": True}).to_json()
         assert json.loads(line) == {
+            "source": "made",
             "key": "a",
             "turn": 0,
             "type": "colour",
@@ -94,7 +95,7 @@ class TestLines:
     @pytest.mark.parametrize(
         ("more", "message"),
         [
-            ({"layer_average": math.nan}, "turn 0 of 'a': expected finite"),
+            ({"layer_average": math.nan}, "turn 0 of 'made/a': expected finite"),
             ({"recall": math.inf}, "finite"),
             ({"importance": np.full(12, np.nan)}, "NaN"),
             ({"importance": np.zeros(11)}, r"importance of 12 visual tokens, got shape \(11,\)"),
@@ -109,6 +110,7 @@ class TestLines:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
+            ({"source": None}, "source must be of type str, got None"),
             ({"given": None}, "given must be of type str, got None"),
             ({"kept": True}, "kept must be of type int, got True"),
             ({"correct": 1}, "correct must be of type bool, got 1"),
@@ -125,7 +127,9 @@ class TestLines:
         with pytest.raises(DataError, match=message):
             Answer.from_json(line)
 
-    @pytest.mark.parametrize(("line", "message"), [("[1]", "expected an object, got list"), ('{"key": "a"}', "turn")])
+    @pytest.mark.parametrize(
+        ("line", "message"), [("[1]", "expected an object, got list"), ('{"key": "a"}', "without source, turn")]
+    )
     def test_what_is_no_answer_is_refused(self, line: str, message: str):
         with pytest.raises(DataError, match=message):
             Answer.from_json(line)
@@ -138,7 +142,9 @@ class TestFiles:
         file.write_text(file.read_text()[:-20])
         with pytest.raises(DataError, match=r"pgp@5\.jsonl, line 5: not JSON.*breaks off.*resume"):
             load_answers(file)
-        assert [a.sample for a in load_answers(file, partial=True)] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+        assert [a.sample for a in load_answers(file, partial=True)] == [
+            ("made", "a", 0), ("made", "a", 1), ("made", "b", 0), ("made", "b", 1)
+        ]  # fmt: skip
 
     def test_only_the_last_line_may_be_unfinished(self, tmp_path: Path):
         write(tmp_path, {"pgp@5": answers("11111")})
@@ -155,7 +161,7 @@ class TestFiles:
 
     def test_a_sample_twice_is_an_error(self, tmp_path: Path):
         write(tmp_path, {"x": [answer(), answer(turn=1), answer()]})
-        with pytest.raises(DataError, match="line 3: turn 0 of 'a' is there twice"):
+        with pytest.raises(DataError, match="line 3: turn 0 of 'made/a' is there twice"):
             load_answers(tmp_path / "x.jsonl")
 
 
@@ -191,8 +197,8 @@ class TestFolders:
         write(tmp_path, {"full": rows[1:], "pgp@5": rows[:3], "random@5": rows})
         with pytest.raises(ConfigError) as error:
             load_results(tmp_path)
-        assert "full lacks 1 of 5 samples (first: turn 0 of 'a')" in str(error.value)
-        assert "pgp@5 lacks 2 of 5 samples (first: turn 1 of 'b')" in str(error.value)
+        assert "full lacks 1 of 5 samples (first: turn 0 of 'made/a')" in str(error.value)
+        assert "pgp@5 lacks 2 of 5 samples (first: turn 1 of 'made/b')" in str(error.value)
         assert "random" not in str(error.value)
 
     def test_a_method_that_was_planned_but_not_run_is_named(self, tmp_path: Path):
@@ -204,7 +210,7 @@ class TestFolders:
     def test_other_questions_under_the_same_key_are_an_error(self, tmp_path: Path, change: dict):
         rows = answers("11111")
         write(tmp_path, {"full": rows, "pgp@5": [*rows[:2], replace(rows[2], **change), *rows[3:]]})
-        with pytest.raises(DataError, match="turn 0 of 'b' is not the same question"):
+        with pytest.raises(DataError, match="turn 0 of 'made/b' is not the same question"):
             load_results(tmp_path)
 
     @pytest.mark.parametrize("text", ["{", "[]", '{"full": 1}'])
@@ -224,6 +230,16 @@ def test_shares_by_hand():
     assert agreement([replace(pruned[0], given=" RED")], full[:1]) == 1
     assert mean_recall([answer(recall=0.5), answer(), answer(recall=1.0), answer(recall=0.0)]) == 0.5
     assert mean_recall([answer()]) is None
+
+
+def test_equal_keys_of_two_sources_are_two_samples_and_two_scenes(tmp_path: Path):
+    full = [answer(source=source, turn=turn) for source in ("charts", "scenes") for turn in (0, 1)]
+    pruned = [replace(row, correct=row.source == "scenes") for row in full]
+    write(tmp_path, {"full": full, "pgp@5": pruned[::-1]})
+    results = load_results(tmp_path)
+    assert results.samples == [("charts", "a", 0), ("charts", "a", 1), ("scenes", "a", 0), ("scenes", "a", 1)]
+    assert [row.correct for row in results.answers["pgp@5"]] == [False, False, True, True]
+    assert accuracy(results.answers["pgp@5"]) == paired_bootstrap([0, 0, 1, 1], [0, 0, 1, 1]) == (0.5, 0, 1)
 
 
 def slow_bootstrap(values: list[float], clusters: list[str], draws: int, seed: int, level: float) -> tuple:
