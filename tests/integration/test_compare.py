@@ -255,6 +255,15 @@ def test_rows_without_a_budget_can_be_reference_and_in_pairs(config: dict[str, A
     assert set(rows.values()) == {"full", None} and "gone@5" not in rows
 
 
+def test_without_a_reference_the_first_method_is_it(config: dict[str, Any], whole: Path, tmp_path: Path):
+    output = shutil.copytree(whole, tmp_path / "out")
+    given = {key: value for key, value in config.items() if key not in ("reference", "pairs")}
+    path = written(given, tmp_path)
+    assert main(command(path, output, "--images", "6")[3:]) == 0
+    rows = {row["method"]: row["reference"] for row in json.loads((output / "report.json").read_text())["rows"]}
+    assert rows["random@5"] == f"{next(iter(yaml.safe_load(path.read_text())['methods']))}@5"
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [("bottleneck.safetensors", None), ("adapter_model.safetensors", None), ("guide.json", b'{"method": ')],
