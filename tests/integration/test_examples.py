@@ -56,7 +56,7 @@ def test_a_pruner_of_your_own_is_compared_with_the_controls(tmp_path):
     printed = run("examples/a_pruner_of_your_own.py", "--images", 2, "--manifest", manifest)
     rows = {line.split("|")[1].strip(): line for line in printed.splitlines() if line.startswith("| ")}
     assert {"full", "longest", "oracle", "uniform", "random"} <= rows.keys()
-    assert "8 questions about 2 images" in printed
+    assert "8 questions about 2 records" in printed
 
 
 def test_the_shipped_guides_are_made_by_a_script(tmp_path):
