@@ -26,14 +26,14 @@ from transformers import InternVLForConditionalGeneration
 from two_pass_step import matmul_peak
 
 from pgp_lightning.evaluation.cost import Schedule
-from pgp_lightning.evaluation.flops import Decoder, head_flops, prefill_flops, tokens_per_tile
+from pgp_lightning.evaluation.flops import Decoder, head_flops, prefill_flops
 from pgp_lightning.evaluation.latency import peak_memory, take_turns
 from pgp_lightning.guides.base import Guide
 from pgp_lightning.prefill import Pruner, pruned
 from pgp_lightning.pruners.fastv import FastV
 from pgp_lightning.pruners.guided import Guided
 from pgp_lightning.selection import keep_count
-from pgp_lightning.vlm.memory import geometry
+from pgp_lightning.vlm.memory import geometry, tokens_per_tile
 from pgp_lightning.vlm.request import Request
 from pgp_lightning.vlm.tiles import TileGrid
 

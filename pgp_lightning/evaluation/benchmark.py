@@ -35,7 +35,7 @@ from pgp_lightning.guides.simple import OracleGuide, RandomGuide, UniformGuide
 from pgp_lightning.prefill import KeepAll, Pruner, pruned
 from pgp_lightning.pruners.guided import Guided
 from pgp_lightning.vlm.family import VLM, Attention
-from pgp_lightning.vlm.inputs import generate, prompt_inputs, read_answers
+from pgp_lightning.vlm.inputs import answer_lengths, generate, prompt_inputs, read_answers
 from pgp_lightning.vlm.loading import load_vlm
 from pgp_lightning.vlm.processor import PromptOrder
 from pgp_lightning.vlm.request import Request
@@ -263,16 +263,15 @@ class Benchmark:
 
     def _answers(self, vlm: VLM, method: Method, batch: Batch, features: Tensor | None) -> list[Answer]:
         """Answer a batch with one method."""
-        request, pruner, stop = _asked(method, batch.request), method.pruner, vlm.processor.stop_id
+        request, pruner = _asked(method, batch.request), method.pruner
         inputs = prompt_inputs(vlm, request, ALONE.get(method.label, self.order), features)
         with pruned(vlm, pruner, inputs, request) as run:
             tokens = generate(vlm, inputs, self.max_new_tokens)
+        steps = answer_lengths(tokens, vlm.processor.stop_id)
         text = (run.slots[0] - run.kept[0].sum(dim=1)).tolist()
         scoring = scoring_flops(pruner, vlm, request, text)
         found = []
         for row, given in enumerate(read_answers(vlm, tokens)):
-            ids = tokens[row].tolist()
-            steps = ids.index(stop) + 1 if stop in ids else len(ids)
             n, grid = request.counts[row], request.grids[request.images[row]]
             kept = torch.stack([mask[row, :n] for mask in run.kept]).cpu()
             seen = kept.sum(dim=1).tolist()
@@ -283,7 +282,7 @@ class Benchmark:
                 Schedule(n, tuple(seen)),
                 tiles=grid.tiles,
                 text=text[row],
-                new_tokens=steps,
+                new_tokens=steps[row],
                 tiles_encoded=needed,
                 slots=slots,
                 cached=cached,
@@ -312,7 +311,7 @@ class Benchmark:
                         "guide_flops": scoring[row],
                         "tiles": grid.tiles,
                         "tiles_encoded": needed,
-                        "new_tokens": steps,
+                        "new_tokens": steps[row],
                     },
                 )
             )

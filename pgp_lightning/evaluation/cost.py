@@ -26,11 +26,10 @@ from pgp_lightning.evaluation.flops import (
     posterior_flops,
     prefill_flops,
     projector_flops,
-    tokens_per_tile,
     vision_flops,
 )
 from pgp_lightning.selection import keep_count
-from pgp_lightning.vlm.memory import Config, cache_bytes, geometry
+from pgp_lightning.vlm.memory import Config, cache_bytes, geometry, tokens_per_tile
 
 __all__ = [
     "PAPER",

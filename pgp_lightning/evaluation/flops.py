@@ -13,7 +13,7 @@ from typing import Any
 from transformers import LlavaConfig
 
 from pgp_lightning.errors import ConfigError
-from pgp_lightning.vlm.memory import Config
+from pgp_lightning.vlm.memory import Config, tokens_per_tile
 
 __all__ = [
     "Decoder",
@@ -24,7 +24,6 @@ __all__ = [
     "posterior_flops",
     "prefill_flops",
     "projector_flops",
-    "tokens_per_tile",
     "vision_flops",
     "vision_row_flops",
 ]
@@ -79,12 +78,6 @@ class Decoder:
             raise ConfigError(
                 f"expected a number of slots for each of the {self.depth} decoder layers, got {len(slots)}"
             )
-
-
-def tokens_per_tile(config: Config) -> int:
-    """Return the number of visual tokens of a tile."""
-    patches = _patches(config)
-    return patches if isinstance(config, LlavaConfig) else round(patches * config.downsample_ratio**2)
 
 
 def vision_flops(config: Config, tiles: int) -> int:

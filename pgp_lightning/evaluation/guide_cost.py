@@ -18,7 +18,6 @@ from pgp_lightning.evaluation.flops import (
     layer_flops,
     posterior_flops,
     projector_flops,
-    tokens_per_tile,
     vision_flops,
     vision_row_flops,
 )
@@ -34,6 +33,8 @@ from pgp_lightning.pruners.guided import Guided
 from pgp_lightning.pruners.vision_zip import VisionZip
 from pgp_lightning.selection import _CHUNK, equal_shares, keep_count
 from pgp_lightning.vlm.family import VLM
+from pgp_lightning.vlm.inputs import answer_lengths
+from pgp_lightning.vlm.memory import tokens_per_tile
 from pgp_lightning.vlm.request import Request
 
 __all__ = ["guide_flops", "scoring_flops"]
@@ -153,9 +154,9 @@ def _(guide: AttentionGuide, request: Request) -> list[int | None]:
     if guide.attended is None:
         raise RuntimeError("the guide has answered nothing yet")
     processor, found = guide.vlm.processor, list[int | None]()
-    for row, (question, image) in enumerate(zip(request.questions, request.images, strict=True)):
-        prompt, ids = processor.prompt(question, None, guide.order), guide.attended.tokens[row].tolist()
-        steps = ids.index(processor.stop_id) + 1 if processor.stop_id in ids else len(ids)
+    lengths = answer_lengths(guide.attended.tokens, processor.stop_id)
+    for question, image, steps in zip(request.questions, request.images, lengths, strict=True):
+        prompt = processor.prompt(question, None, guide.order)
         rows = {"prompt": len(prompt.after) + 1, "prompt_after_image": len(prompt.after), "answer": 1}[guide.rows]
         text, tiles = len(prompt.before) + len(prompt.after), request.grids[image].tiles
         found.append(attention_flops(guide.vlm.model.config, tiles, text, new_tokens=steps, rows=rows))

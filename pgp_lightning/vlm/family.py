@@ -23,7 +23,7 @@ from pgp_lightning.errors import ConfigError
 from pgp_lightning.vlm.processor import ChatTemplate, Processor
 from pgp_lightning.vlm.tiles import TileRule
 
-__all__ = ["VLM", "Attention", "Facts", "check_pair", "choose_attention", "load_whole"]
+__all__ = ["VLM", "Attention", "Facts", "check_pair", "choose_attention", "load_whole", "without_wrapper"]
 
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
@@ -56,8 +56,7 @@ class VLM(ABC):
     )
 
     def __init__(self, model: Any, processor: Processor | None, base: str) -> None:  # noqa: ANN401 (transformers' classes)
-        unwrap = getattr(model, "get_base_model", None)  # peft's: the adapter's layers are inside
-        self.model, self.base = unwrap() if callable(unwrap) else model, base
+        self.model, self.base = without_wrapper(model), base
         self._processor = processor
 
     @property
@@ -215,6 +214,12 @@ class VLM(ABC):
         mean = torch.tensor(cls.mean, device=tiles.device).view(3, 1, 1)
         std = torch.tensor(cls.std, device=tiles.device).view(3, 1, 1)
         return ((tiles.to(torch.float32) / 255 - mean) / std).to(dtype)
+
+
+def without_wrapper(model: Any) -> Any:  # noqa: ANN401 (transformers' classes)
+    """Return the model inside peft's wrapper, its adapter's layers in place; any other model as it is."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if callable(unwrap) else model
 
 
 def load_whole(kind: type[PreTrainedModel], folder: Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:

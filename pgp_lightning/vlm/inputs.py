@@ -13,7 +13,7 @@ from pgp_lightning.vlm.family import VLM
 from pgp_lightning.vlm.processor import PromptOrder
 from pgp_lightning.vlm.request import Request
 
-__all__ = ["generate", "prompt_inputs", "read_answers"]
+__all__ = ["answer_lengths", "generate", "prompt_inputs", "read_answers"]
 
 
 def prompt_inputs(
@@ -76,10 +76,15 @@ def generate(vlm: VLM, inputs: dict[str, Any], max_new_tokens: int = 16) -> Tens
     return tokens[:, prompt:]
 
 
+def answer_lengths(tokens: Tensor, stop: int) -> list[int]:
+    """Return how many of a row's generated tokens (B, n) are its answer, its first stop token included."""
+    return [row.index(stop) + 1 if stop in row else len(row) for row in tokens.tolist()]
+
+
 def read_answers(vlm: VLM, tokens: Tensor) -> list[str]:
     """Return the text of each row (B, n) up to its stop token."""
     stop, answers = vlm.processor.stop_id, []
-    for row in tokens.tolist():
-        ids = row[: row.index(stop)] if stop in row else row
+    for row, length in zip(tokens.tolist(), answer_lengths(tokens, stop), strict=True):
+        ids = [token for token in row[:length] if token != stop]
         answers.append(str(vlm.processor.tokenizer.decode(ids, skip_special_tokens=True)).strip())
     return answers

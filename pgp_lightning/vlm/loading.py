@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase,
 
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.vlm.conversion import convert_checkpoint
-from pgp_lightning.vlm.family import VLM, Attention, choose_attention
+from pgp_lightning.vlm.family import VLM, Attention, choose_attention, without_wrapper
 from pgp_lightning.vlm.internvl import InternVL
 from pgp_lightning.vlm.llava import Llava
 from pgp_lightning.vlm.original_config import convert_config, image_token_id, is_original
@@ -255,8 +255,7 @@ def as_vlm(model: nn.Module) -> VLM:
     Raises:
         ConfigError: if it is of no family that is supported.
     """
-    unwrap = getattr(model, "get_base_model", None)  # peft's
-    inner: Any = unwrap() if callable(unwrap) else model
+    inner = without_wrapper(model)
     for family in FAMILIES:
         if family.is_family_of(inner):
             return family(inner, None, type(inner).__name__)

@@ -31,6 +31,7 @@ __all__ = [
     "parameters",
     "prune_memory",
     "table",
+    "tokens_per_tile",
 ]
 
 GIB = 2**30
@@ -172,7 +173,7 @@ def fit_memory(
     with torch.device("meta"):
         bottleneck = GaussianBottleneck(text.width, head_layers=head_layers)
     trained = lora_rank * text.layers * text.adapter + sum(p.numel() for p in bottleneck.parameters())
-    visual = round(visual_share * tiles * _tokens_per_tile(config))
+    visual = round(visual_share * tiles * tokens_per_tile(config))
     slots = rows * (visual + text_slots)
     layer = slots * text.kept(size, lora_rank) + text.square(rows, visual + text_slots, attention, size)
     # Checkpointed layers keep their input; the one whose turn it is in the backward pass has all its tensors again,
@@ -216,7 +217,7 @@ def prune_memory(
         dtype: of the weights.
     """
     text, size = _Text(config), dtype.itemsize
-    visual = tiles * _tokens_per_tile(config)
+    visual = tiles * tokens_per_tile(config)
     prompt, full = round(keep_ratio * visual) + text_slots, visual + text_slots
     # In half precision a norm has its input in float32 twice; the widest point of a layer is its MLP.
     working = rows * prompt * (2 * SINGLE * text.width + size * (2 * text.width + 3 * text.inner))
@@ -259,7 +260,8 @@ class _Text:
         return rows * self.heads * slots * slots * (SINGLE + 2 * size) if attention == "eager" else 0
 
 
-def _tokens_per_tile(config: Config) -> int:
+def tokens_per_tile(config: Config) -> int:
+    """Return the number of visual tokens of a tile."""
     if isinstance(config, LlavaConfig):  # whose files leave image_seq_length out, also where it is not the default
         vision: Any = config.vision_config
         return int(vision.image_size // vision.patch_size) ** 2
@@ -309,7 +311,7 @@ def table() -> str:
         count = parameters(config)
         fit = fit_memory(config, rows=16, tiles=tiles, text_slots=192)
         prune = prune_memory(config, tiles=tiles, text_slots=128, keep_ratio=0.05, new_tokens=64)
-        cells = (", ".join(names), f"{count / 1e9:.2f} B", f"{tiles * _tokens_per_tile(config):,}",
+        cells = (", ".join(names), f"{count / 1e9:.2f} B", f"{tiles * tokens_per_tile(config):,}",
                  f"{fit.total / GIB:.1f} GiB", f"{prune.total / GIB:.1f} GiB",
                  f"{prune.full_cache / 2**20:.0f}, {prune.cache / 2**20:.0f} MiB")  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
