@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import transformers
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -62,6 +62,19 @@ def reason_of(error: BaseException) -> str:
         error = error.__cause__
     readable = isinstance(error, ValueError | OSError | ImportError | MisconfigurationException)
     return str(error) if readable else f"{type(error).__name__}: {error}"
+
+
+def _latest(given: list[Callback]) -> list[Callback]:
+    """Keep the last of several callbacks of one class of ours: what an overlay's `callbacks+` gives anew replaces.
+
+    Foreign callbacks and checkpoints stay as they are, since several of them have a use.
+    """
+
+    def kind(one: Callback) -> object:
+        own = type(one).__module__.partition(".")[0] == __name__.partition(".")[0]
+        return type(one) if own and not isinstance(one, Checkpoint) else one
+
+    return list({kind(one): one for one in given}.values())
 
 
 def quieten() -> None:
@@ -212,10 +225,11 @@ class RunCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ANN401 (Lightning's type)
         """Build the trainer; events go right into the run's folder unless the configuration names a logger."""
         config = self._get(self.config_init, "trainer")
+        given = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
+        config.callbacks = _latest([one for one in given if one is not None])
         if config.fast_dev_run:
             # ModelCheckpoint would write last.ckpt all the same, and the folder would seem to hold a run.
-            given = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
-            config.callbacks = [one for one in given if one is not None and not isinstance(one, Checkpoint)]
+            config.callbacks = [one for one in config.callbacks if not isinstance(one, Checkpoint)]
             kwargs["enable_checkpointing"] = False
         if config.logger in (None, True):
             # Only fit writes events: validate would add points at step 0 to the run's curves.
