@@ -54,6 +54,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prune.add_argument("--output", type=Path, default=Path("pruned.png"), help="picture of what was kept")
     prune.set_defaults(call=_prune)
 
+    sweep = commands.add_parser("sweep", help="train a configuration with one thing changed at a time, and tabulate")
+    sweep.add_argument("folder", type=Path, help="overlays and a sweep.yaml, e.g. configs/ablations")
+    sweep.add_argument("--rows", nargs="+", default=[], help="only these; by default all")
+    sweep.add_argument("--seeds", nargs="+", type=int, default=[], help="only these; by default all of a row")
+    sweep.add_argument("--jobs", type=int, default=1, help="runs that are trained side by side, sharing the cores")
+    sweep.add_argument("--output", type=Path, help="folder of runs and tables, in place of the sweep's own")
+    sweep.set_defaults(call=_sweep)
+
+    probe = commands.add_parser("probe", help="say whether a guide's visual states carry the question")
+    probe.add_argument("guide", help="a base model or an exported guide: embedded:NAME, a folder, or a base on the hub")
+    probe.add_argument(
+        "--manifest", default="data_manifests/embedded.yaml", help="data with several questions an image"
+    )
+    probe.add_argument("--split", default="test")
+    probe.add_argument("--root", help="folder of the shards, in place of the manifest's")
+    probe.add_argument("--images", type=int, default=400, help="records to look at")
+    probe.add_argument("--max-tiles", type=int, help="of an image, the thumbnail apart; by default the base's")
+    probe.add_argument("--dtype", choices=("float32", "bfloat16"), help="by default bfloat16 with CUDA, else float32")
+    probe.add_argument("--seed", type=int, default=0)
+    probe.add_argument("--output", type=Path, help="JSON file for everything that was measured")
+    probe.set_defaults(call=_probe)
+
     compare = commands.add_parser("compare", add_help=False, help="run pruning methods on the same questions")
     compare.add_argument("rest", nargs=argparse.REMAINDER)
     compare.set_defaults(call=_compare)
@@ -154,6 +176,37 @@ def _prune(given: argparse.Namespace) -> int:
     found.draw(image).save(given.output)
     print(f"question     {question}\n{found.summary()}\npicture      {given.output}")
     return 0
+
+
+def _sweep(given: argparse.Namespace) -> int:
+    from pgp_lightning.evaluation.sweep import sweep
+
+    return sweep(given.folder, given.output, given.rows, given.seeds, given.jobs)
+
+
+def _probe(given: argparse.Namespace) -> int:
+    import json
+
+    from pgp_lightning.evaluation.probe import probe_guide
+    from pgp_lightning.training.command_line import quieten
+
+    if given.output and not given.output.parent.is_dir():
+        raise ConfigError(f"--output must be a file in a folder that exists, got {given.output}")
+    quieten()
+    found = probe_guide(
+        given.guide,
+        given.manifest,
+        given.split,
+        given.root,
+        given.images,
+        given.max_tiles,
+        given.dtype,
+        given.seed,
+    )
+    if given.output:
+        given.output.write_text(json.dumps(found.as_json(), indent=2) + "\n", encoding="utf-8")
+    print(found.summary())
+    return 0 if found.carries else 1
 
 
 def _compare(given: argparse.Namespace) -> int:

@@ -1,19 +1,14 @@
-"""A supervised probe: do a guide's visual states V' carry the question at all?
-
-The bottleneck can rank visual tokens by question only if V', taken with the question before the picture, differs
-with the question. A small network trained on the truth itself bounds from above what any score read from V' can
-recall; if it does no better than "some object is here", no bottleneck will.
-"""
+"""The probe of `guides/probing.py` on a guide that is being built: how well can V' be ranked by the question?"""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from pgp_lightning.embedded.corpus import Corpus, pick
 from pgp_lightning.embedded.language import Answerer, make_rows
+from pgp_lightning.guides.probing import train_probe
 from pgp_lightning.selection import recall
 from pgp_lightning.vlm.processor import Processor
 
@@ -49,17 +44,7 @@ def probe_recall(
     """Train the probe on some scenes and return its recall at 5, 11 and 20 % on others."""
     answerer.eval()
     states, relevant = _visual_states(answerer, training, processor, len(training))
-    torch.manual_seed(0)
-    width = states.shape[-1]
-    probe = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, 1))
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=2e-3, weight_decay=0.01)
-    for _ in range(steps):
-        rows = torch.randint(len(states), (16,))
-        logits = probe(states[rows]).squeeze(-1)
-        loss = functional.binary_cross_entropy_with_logits(logits, relevant[rows].float(), pos_weight=torch.tensor(5.0))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    probe = train_probe(states, relevant, steps)
     states, relevant = _visual_states(answerer, test, processor, len(test))
     with torch.no_grad():
         scores = probe(states).squeeze(-1)
