@@ -54,8 +54,6 @@ class EmbeddedRecords:
 
     def __getitem__(self, index: int) -> tuple[str, bytes, str, dict[str, Any]]:
         """Return key, PNG, extension and record."""
-        if not 0 <= index < self.records:
-            raise IndexError(index)
         scene, chosen = self._choose(index)
         key = f"{self.split}-{self.family}-{index:06d}"
         picture = io.BytesIO()
@@ -73,8 +71,14 @@ class EmbeddedRecords:
         record = {"id": key, "width": CANVAS, "height": CANVAS, "tokens": GRID.tokens, "turns": turns}
         return key, picture.getvalue(), "png", record
 
+    def scene(self, index: int) -> Scene:
+        """Draw the scene of a record again, with all that is known of it."""
+        return self._choose(index)[0]
+
     def _choose(self, index: int) -> tuple[Scene, list[Question]]:
         """Take the first candidate scene with enough questions, and of these as many types as there are."""
+        if not 0 <= index < self.records:
+            raise IndexError(index)
         lane = list(FAMILIES).index(self.family)
         best: tuple[Scene, list[Question]] | None = None
         for candidate in range(_CANDIDATES):
