@@ -17,15 +17,19 @@ from pgp_lightning.data.shards import make_builder
 from pgp_lightning.evaluation.benchmark import Benchmark
 from pgp_lightning.evaluation.compare import compare
 from pgp_lightning.evaluation.module import ImportanceShards, PrunedAnswers
-from pgp_lightning.training.command_line import TerseParser
+from pgp_lightning.evaluation.sweep import Sweep
+from pgp_lightning.training.callbacks import BetaAnnealing
+from pgp_lightning.training.command_line import RunCLI, TerseParser
 from pgp_lightning.training.pgp import PGP
+from pgp_lightning.training.run import differences
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 OVERLAYS = [path for path in CONFIGS if path.parent.name == "overlays"]
 COMPARE = [path for path in CONFIGS if path.parent.name == "compare"]
 EVALUATE = [ROOT / "configs" / "evaluate.yaml"]
-COMPLETE = [path for path in CONFIGS if path not in (*OVERLAYS, *COMPARE, *EVALUATE)]
+SWEEP = ROOT / "configs" / "ablations"
+COMPLETE = [path for path in CONFIGS if path not in (*OVERLAYS, *COMPARE, *EVALUATE) and path.parent != SWEEP]
 
 
 def name(path: Path) -> str:
@@ -125,6 +129,40 @@ def test_overlays_are_accepted_over_the_default(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(ROOT)
     for path in OVERLAYS:
         read(Parsed, ROOT / "configs" / "pgp.yaml", path)
+
+
+class Built(RunCLI):
+    """Builds what `lightning fit` would run."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def test_every_row_of_the_ablation_differs_from_its_reference_in_what_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # tests/integration/test_sweep.py runs a sweep.
+    monkeypatch.chdir(ROOT)
+    sweep = Sweep.load(SWEEP, tmp_path)
+    used = {overlay for row in sweep.rows.values() for overlay in (*sweep.every_row, *row.overlays)}
+    assert used == {path.stem for path in SWEEP.glob("*.yaml")} - {"sweep"}
+    plain = {}
+    for row in sweep.rows:
+        cli = Built.run(sweep.command(sweep.runs([row])[0]))
+        assert isinstance(cli.model, PGP) and cli.datamodule.base == cli.model.guide.arguments["base"]
+        assert sum(isinstance(callback, BetaAnnealing) for callback in cli.trainer.callbacks) == 1
+        plain[row] = cli.plain
+    changed = {row: differences(plain[sweep.reference_of(row)], plain[row]) for row in plain}
+    changed |= {"half_length": differences(plain["default"], plain["half_length"])}
+    assert [row for row, found in changed.items() if not found] == ["default"]
+    assert changed["half_length"] == ["trainer.max_steps 800 -> 400"]
+    assert changed["no_lora"] == ["model.guide.lora_rank 32 -> 0"]
+    assert changed["beta_falling"] == [
+        "callbacks.BetaAnnealing.end 0.5 -> 0.2",
+        "callbacks.BetaAnnealing.start 0.2 -> 0.5",
+    ]
+    assert len(changed["exp_gate"]) == 2 and len(changed["unaware_question_blind"]) == 3
+    assert all(len(found) <= 3 for found in changed.values())
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "data_manifests").glob("*.yaml")), ids=name)
