@@ -174,15 +174,12 @@ class Sweep:
         return words + (["--ckpt_path", "last"] if checkpoints(run.folder) else [])
 
     def train(self, run: Run, threads: int) -> None:
-        """Train a run in a process of its own, unless it is trained, and export its guide.
+        """Train a run in a process of its own, unless it is trained.
 
         Raises:
             ConfigError: if the process fails; says where its output is.
         """
-        if run.guide.exists():
-            return
-        if _is_trained(run.folder):  # but was stopped before its guide was exported
-            export_guide(run.folder, run.guide)
+        if run.guide.exists() or _is_trained(run.folder):
             return
         run.folder.mkdir(parents=True, exist_ok=True)
         with run.log.open("a", encoding="utf-8") as log:
@@ -203,10 +200,11 @@ class Sweep:
             self._training.discard(process)
         if code:
             raise ConfigError(f"{run.name} failed with exit code {code}: {_last_line(run.log)} ({run.log})")
-        export_guide(run.folder, run.guide)
 
     def score(self, runs: Sequence[Run], controls: Mapping[str, Pruner]) -> None:
-        """Ask the answer model what it makes of the tokens that guides keep, and look into the guides.
+        """Export guides, ask the answer model what it makes of the tokens they keep, and look into them.
+
+        Not for several threads: transformers loads models with switches that belong to the process.
 
         Args:
             runs: that are trained.
@@ -215,6 +213,9 @@ class Sweep:
         Raises:
             ConfigError: if the folder holds answers of another guide of that name.
         """
+        for run in runs:
+            if not run.guide.exists():
+                export_guide(run.folder, run.guide)
         guides = {run: PosteriorGuide.from_pretrained(str(run.guide)) for run in runs}
         methods: dict[str, Pruner] = {run.name: Guided(guide) for run, guide in guides.items()}
         for run, guide in guides.items():
