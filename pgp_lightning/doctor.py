@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +19,10 @@ from lightning.pytorch.cli import LightningCLI
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, InternVLConfig, LlavaConfig
 
-from pgp_lightning.data.conversation import ConversationReader, UnusableRecord
-from pgp_lightning.data.manifest import Manifest, Source
-from pgp_lightning.data.mixture import Mixture, StreamSource, check_topology
 from pgp_lightning.data.module import InstructionData
-from pgp_lightning.data.shards import ShardReader, make_builder
+from pgp_lightning.doctor_data import examine_mixture, examine_sources
 from pgp_lightning.errors import ConfigError, DataError
+from pgp_lightning.finding import Finding, failed
 from pgp_lightning.training.command_line import TerseParser, quieten, reason_of
 from pgp_lightning.training.pgp import PGP
 from pgp_lightning.training.run import checkpoints
@@ -37,25 +34,12 @@ from pgp_lightning.vlm.original_config import convert_config, is_original
 from pgp_lightning.vlm.processor import Processor
 from pgp_lightning.vlm.shard_files import INDEX
 
-__all__ = ["Finding", "examine"]
+__all__ = ["examine"]
 
-LOOKED_AT = 64  # records of every source that are read whole
 FREE_GIB = 1.0
 FULL = 0.9  # share of a device's memory above which an estimate is a warning
 TEXT, ANSWER = 256, 64  # prompt slots taken to be usual where no record can be read
-REFUSALS = (ConfigError, DataError, FileNotFoundError)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The outcome of one check."""
-
-    state: Literal["ok", "warn", "fail"]
-    what: str
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{self.state:<4}  {self.what:<12}  {self.detail}"
+REFUSALS = (ConfigError, DataError, OSError)
 
 
 class _Model(NamedTuple):
@@ -91,7 +75,7 @@ def examine(configs: list[Path], answer_model: str | None = None) -> list[Findin
         case = _Case(_parse(configs), configs, answer_model)
     except (*REFUSALS, SystemExit) as error:
         detail = "the configuration was refused, see above" if isinstance(error, SystemExit) else str(error)
-        return [*findings, _failed("config", detail)]
+        return [*findings, failed("config", detail)]
     checks: tuple[Callable[[_Case], Iterator[Finding]], ...] = (
         _model, _config, _weights, _bases, _attention, _run_folder, _lanes, _data, _memory, _answer_model
     )  # fmt: skip
@@ -99,12 +83,8 @@ def examine(configs: list[Path], answer_model: str | None = None) -> list[Findin
         try:
             findings.extend(check(case))
         except REFUSALS as error:
-            findings.append(_failed(check.__name__.strip("_").replace("_", " "), error))
+            findings.append(failed(check.__name__.strip("_").replace("_", " "), error))
     return findings
-
-
-def _failed(what: str, error: object) -> Finding:
-    return Finding("fail", what, " ".join(str(error).split()))
 
 
 def _environment() -> Iterator[Finding]:
@@ -193,7 +173,7 @@ def _weights(case: _Case) -> Iterator[Finding]:
         try:
             yield from _one_base(case, f"{named} {base}", base)
         except ConfigError as error:
-            yield _failed("weights", f"{named}: {error}")
+            yield failed("weights", f"{named}: {error}")
 
 
 def _one_base(case: _Case, named: str, base: str) -> Iterator[Finding]:
@@ -294,58 +274,14 @@ def _run_folder(case: _Case) -> Iterator[Finding]:
 
 
 def _lanes(case: _Case) -> Iterator[Finding]:
-    if (data := case.data) is None:
-        return
-    ranks = max(1, case.cli.trainer.world_size)
-    check_topology(data.lanes, ranks, data.workers)
-    yield Finding("ok", "lanes", f"{data.lanes} lanes for {ranks} ranks x {max(1, data.workers)} readers")
-    sources = Manifest.load(data.manifest, data.root).splits.get("train", ())
-    if sources and all(source.built for source in sources):
-        mixture = Mixture(tuple(map(StreamSource.load, sources)), data.seed, data.lanes, data.batch_size)
-        small = [s.name for s in mixture.sources if s.repeat * s.samples < data.lanes * data.batch_size]
-        if small:
-            told = f"an epoch has fewer records of {', '.join(small)} than lanes x batch_size"
-            yield Finding("warn", "lanes", f"{told} = {data.lanes} x {data.batch_size}: fewer lanes spread them better")
+    if case.data is not None:
+        yield from examine_mixture(case.data, max(1, case.cli.trainer.world_size))
 
 
 def _data(case: _Case) -> Iterator[Finding]:
-    if (data := case.data) is None:
-        return
-    for split, sources in Manifest.load(data.manifest, data.root).splits.items():
-        for source in sources:
-            try:
-                yield _source(case, data, source)
-            except REFUSALS as error:
-                yield _failed(f"{split}/{source.name}", error)
-
-
-def _source(case: _Case, data: InstructionData, source: Source) -> Finding:
-    """Count a source's records and read the first ones as training would."""
-    name = f"{source.split}/{source.name}"
-    if not source.built and source.build is not None:
-        return Finding("ok", name, f"{len(make_builder(source))} records, to be built on first use")
-    index = source.index()
-    detail = f"{index.samples} records in {len(index.shards)} shards"
-    if (model := case.models.get(data.base)) is None:
-        return Finding("warn", name, f"{detail}, unread: data.base is not there")
-    processor, reasons = model.processor, Counter[str]()
-    reader = ConversationReader(processor, data.turns, data.max_length, data.max_tiles)
-    longest, shards = 0, ShardReader(capacity=1)
-    numbers = [(shard, i) for shard in index.shards for i in range(shard.samples)][:LOOKED_AT]
-    for shard, number in numbers:
-        try:
-            conversation = reader(shards.read(shard, number))
-        except UnusableRecord as unusable:
-            reasons[unusable.reason] += 1
-            continue
-        prompts = [processor.prompt(t.question, t.answer, "question_first") for t in conversation.turns]
-        text = max(len(prompt.before) + len(prompt.after) + len(prompt.answer) for prompt in prompts)
-        case.rows.append((text, max(len(prompt.answer) for prompt in prompts), len(prompts)))
-        longest = max(longest, text + conversation.grid.tokens)
-    bad, budget = sum(reasons.values()) / len(numbers), data.max_length or processor.max_length
-    detail += f"; of the first {len(numbers)}: longest {longest} of at most {budget} slots"
-    detail += "".join(f", {count} {reason}" for reason, count in reasons.items())
-    return Finding("fail" if bad > source.allowed_rejects else "ok", name, detail)
+    if (data := case.data) is not None:
+        model = case.models.get(data.base)
+        yield from examine_sources(data, model.processor if model else None, case.rows)
 
 
 def _memory(case: _Case) -> Iterator[Finding]:
@@ -379,10 +315,17 @@ def _largest(case: _Case, processor: Processor) -> tuple[int, int]:
     """Return tiles and text slots of the largest row that the data may hold."""
     rule, data = processor.rule, case.data
     text = max((text for text, _, _ in case.rows), default=TEXT)
-    most = min(rule.max_tiles, data.max_tiles or rule.max_tiles) if data else rule.max_tiles
+    most = min(rule.max_tiles, _most_tiles(data) or rule.max_tiles) if data else rule.max_tiles
     budget = (data and data.max_length) or processor.max_length
     fitting = max(1, (budget - text) // rule.tokens_per_side**2)
     return min(fitting, most + int(rule.thumbnail and most > 1)), text
+
+
+def _most_tiles(data: InstructionData) -> int | None:
+    """Return the greatest number of tiles that the data's settings allow some source, None for the model's own."""
+    sources = [source for split in data.read_manifest().splits.values() for source in split]
+    limits = [source.max_tiles or data.max_tiles for source in sources]
+    return None if None in limits else max(limit for limit in limits if limit)
 
 
 def _answer_model(case: _Case) -> Iterator[Finding]:

@@ -11,9 +11,10 @@ import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
 
+from pgp_lightning.data.instructions import InstructionRecords
 from pgp_lightning.data.manifest import Manifest
 from pgp_lightning.data.module import InstructionData
-from pgp_lightning.data.shards import make_builder
+from pgp_lightning.data.writing import make_builder
 from pgp_lightning.evaluation.benchmark import Benchmark
 from pgp_lightning.evaluation.compare import compare
 from pgp_lightning.evaluation.module import ImportanceShards, PrunedAnswers
@@ -30,6 +31,7 @@ COMPARE = [path for path in CONFIGS if path.parent.name == "compare"]
 EVALUATE = [ROOT / "configs" / "evaluate.yaml"]
 SWEEP = ROOT / "configs" / "ablations"
 COMPLETE = [path for path in CONFIGS if path not in (*OVERLAYS, *COMPARE, *EVALUATE) and path.parent != SWEEP]
+MANIFESTS = sorted((ROOT / "data_manifests").glob("*.yaml"))
 
 
 def name(path: Path) -> str:
@@ -165,11 +167,37 @@ def test_every_row_of_the_ablation_differs_from_its_reference_in_what_it_names(
     assert all(len(found) <= 3 for found in changed.values())
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "data_manifests").glob("*.yaml")), ids=name)
-def test_a_manifest_names_what_exists(path: Path):
+def test_the_mixtures_overlay_goes_over_the_papers_model(monkeypatch: pytest.MonkeyPatch):
+    # Reading needs neither shards nor raw files: who fits has them, or is told which are missing.
+    monkeypatch.chdir(ROOT)
+    overlays = ROOT / "configs" / "overlays"
+    cli = read(
+        Parsed, ROOT / "configs" / "pgp.yaml", overlays / "internvl2_5_1b.yaml", overlays / "internvl_mixture.yaml"
+    )
+    data = InstructionData(**cli.config.data.init_args.as_dict())
+    assert (data.turns, data.mixing, data.group_batches, data.batch_size) == ("first", "even", 8, 16)
+    assert data.lanes % data.workers == 0 and data.base == "OpenGVLab/InternVL2_5-1B"
+    manifest = data.read_manifest()
+    assert manifest.name == "internvl_1_2_finetune" and len(manifest.sources("train")) == 9
+    assert "internvl_mixture.yaml" in (overlays / "internvl2_5_1b.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=name)
+def test_a_manifest_names_what_exists(path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
     manifest = Manifest.load(path)
     assert path.read_text(encoding="utf-8").startswith("# ") and manifest.licence and manifest.description
-    for sources in manifest.splits.values():
-        for source in sources:
-            if source.build is not None:
-                assert len(make_builder(source)) > 0
+    builds = [source for sources in manifest.splits.values() for source in sources if source.build]
+    for source in builds:
+        builder = make_builder(source)  # imports the class and gives it its init_args; opens nothing
+        if isinstance(builder, InstructionRecords):  # made of files that only users have
+            assert source.upstream is not None and {"annotations", "images"} <= vars(builder).keys()
+        else:
+            assert len(builder) > 0
+    assert builds, f"{path} builds nothing: nobody could make its shards"
+
+
+def test_the_embedded_manifest_needs_no_files():
+    splits = Manifest.load(ROOT / "data_manifests" / "embedded.yaml").splits
+    records = {split: [len(make_builder(source)) for source in sources] for split, sources in splits.items()}
+    assert records == {"train": [1600, 1200, 800], "val": [48, 36, 24], "test": [448, 336, 224]}

@@ -22,11 +22,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from PIL import Image
 
-from pgp_lightning.data.shards import RawRecord
-from pgp_lightning.errors import DataError
+from pgp_lightning.data.records import RawRecord, UnusableRecord
 from pgp_lightning.vlm.tiles import TileGrid, TileRule, cut_tiles
 
-__all__ = ["Conversation", "ConversationReader", "Processor", "Turn", "UnusableRecord"]
+__all__ = ["Conversation", "ConversationReader", "Processor", "Turn"]
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
 # An image is a field of the record; these would become slots of images that are not there.
@@ -46,22 +45,6 @@ class Processor(Protocol):
 
     def prompt_length(self, question: str, answer: str, visual_tokens: int) -> int:
         """Return the number of slots of a prompt with its answer."""
-
-
-class UnusableRecord(DataError):
-    """A record that cannot be used.
-
-    Args:
-        reason: a short stable slug.
-        detail: what was found, for people.
-    """
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}"
 
 
 @dataclass(frozen=True)
@@ -97,7 +80,7 @@ class ConversationReader:
         processor: the model's tile rule and prompt lengths.
         turns: use the first question turn of a record, or all.
         max_length: length budget in prompt slots; by default the processor's.
-        max_tiles: greatest number of tiles of an image, the thumbnail apart; by default the processor's.
+        max_tiles: greatest number of tiles of an image, the thumbnail apart; by default, and at most, the processor's.
         max_pixels: largest image that is decoded.
     """
 
@@ -107,8 +90,12 @@ class ConversationReader:
     max_tiles: int | None = None
     max_pixels: int = 64_000_000
 
-    def __call__(self, raw: RawRecord) -> Conversation:
+    def __call__(self, raw: RawRecord, max_tiles: int | None = None) -> Conversation:
         """Read, check and tile a record.
+
+        Args:
+            raw: the record.
+            max_tiles: its source's greatest number of tiles, which takes the place of the reader's own.
 
         Raises:
             UnusableRecord: if it cannot be used.
@@ -117,15 +104,16 @@ class ConversationReader:
             raise UnusableRecord("no-image", f"{raw.key} has no image")
         record = _parse(raw)
         turns = tuple(_turn(raw.key, value) for value in _selected(raw.key, record, self.turns))
-        image = self._open(raw.key, raw.image)
+        image = self.open_image(raw.key, raw.image)
+        rule = self.rule(max_tiles)
         try:
-            finest = _limited(self.processor.rule, self.max_tiles).grid(*image.size)
+            finest = rule.grid(*image.size)
         except ValueError as error:
             raise UnusableRecord("bad-image", f"{raw.key}: {error}") from error
         for turn in turns:
             if turn.relevant is not None and max(turn.relevant, default=0) >= record.get("tokens", finest.tokens):
                 raise UnusableRecord("bad-relevant", f"{raw.key}: an index exceeds the image's visual tokens")
-        limit = self._tile_limit(raw.key, turns, *image.size)
+        limit = self._tile_limit(raw.key, turns, rule, *image.size)
         try:
             tiles, grid = cut_tiles(image, self.processor.rule, limit)
         except _IMAGE_ERRORS as error:
@@ -134,8 +122,21 @@ class ConversationReader:
             turns = tuple(replace(turn, relevant=None) for turn in turns)
         return Conversation(raw.key, turns, tiles, grid)
 
-    def _open(self, key: str, data: bytes) -> Image.Image:
-        """Open an image without decoding its pixels yet."""
+    def rule(self, max_tiles: int | None = None) -> TileRule:
+        """Return how images of a source are tiled at the finest."""
+        return _limited(self.processor.rule, self.max_tiles if max_tiles is None else max_tiles)
+
+    @property
+    def budget(self) -> int:
+        """Longest prompt with answer, in slots."""
+        return self.processor.max_length if self.max_length is None else self.max_length
+
+    def open_image(self, key: str, data: bytes) -> Image.Image:
+        """Open an image without decoding its pixels yet.
+
+        Raises:
+            UnusableRecord: if it is no image, or too large.
+        """
         try:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
         except _IMAGE_ERRORS as error:
@@ -144,11 +145,9 @@ class ConversationReader:
             raise UnusableRecord("bad-image", f"{key}: {image.size} is more than {self.max_pixels} pixels")
         return image
 
-    def _tile_limit(self, key: str, turns: tuple[Turn, ...], width: int, height: int) -> int:
+    def _tile_limit(self, key: str, turns: tuple[Turn, ...], rule: TileRule, width: int, height: int) -> int:
         """Return the greatest number of tiles with which every turn fits the length budget."""
-        rule = _limited(self.processor.rule, self.max_tiles)
-        budget = self.processor.max_length if self.max_length is None else self.max_length
-        limit, length = rule.max_tiles, 0
+        budget, limit, length = self.budget, rule.max_tiles, 0
         while limit >= 1:
             grid = _limited(rule, limit).grid(width, height)
             length = max(self.processor.prompt_length(turn.question, turn.answer, grid.tokens) for turn in turns)

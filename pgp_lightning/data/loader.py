@@ -9,211 +9,25 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import accumulate
-from math import sqrt
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
-from pgp_lightning.data.collate import Batch, Item, collate
-from pgp_lightning.data.conversation import ConversationReader, UnusableRecord
-from pgp_lightning.data.mixture import EpochPlan, Lane, Mixture, SourceOrder, StreamSource, check_topology
-from pgp_lightning.data.shards import ShardReader
-from pgp_lightning.errors import ConfigError, DataError
+from pgp_lightning.data.batches import BatchRange, EvaluationBatches, Failure, Parcel, TrainingBatches
+from pgp_lightning.data.collate import Batch
+from pgp_lightning.data.conversation import ConversationReader
+from pgp_lightning.data.mixture import Mixture, StreamSource, check_topology
+from pgp_lightning.data.rejects import RejectTally, rejects_by_source
+from pgp_lightning.data.remote import ShardCache
+from pgp_lightning.errors import ConfigError
 
-__all__ = ["EvaluationLoader", "RejectTally", "TrainingLoader"]
+__all__ = ["FORMERLY", "EvaluationLoader", "TrainingLoader"]
 
-_LEAST_SEEN = 100
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """An error on its way from a worker: torch would bury its message in a traceback."""
-
-    error: DataError
-
-
-@dataclass(frozen=True)
-class _Nothing:
-    """Takes the place of a batch none of whose records could be used."""
-
-    rejected: dict[str, int] = field(default_factory=dict)
-
-
-_Parcel = Batch | _Failure | _Nothing
-
-
-class RejectTally:
-    """Counts unusable records and fails when a source has more of them than it may.
-
-    Counts are this process's, since it started. A source fails for certain when its rejects exceed the allowed share
-    of everything seen and of one whole pass; from 100 records on it fails as well when they exceed the allowed share
-    of those seen by three standard deviations, so that a run of bad luck does not stop a run.
-    """
-
-    def __init__(self, sources: Sequence[StreamSource]) -> None:
-        self._sources = {source.name: source for source in sources}
-        self._seen: Counter[str] = Counter()
-        self._rejected: Counter[str] = Counter()
-
-    def add(self, seen: Counter[str], rejected: dict[str, int]) -> None:
-        """Add the records seen by source, and those of them rejected by "source/reason".
-
-        Raises:
-            DataError: if a source exceeds its allowed share.
-        """
-        self._seen.update(seen)
-        self._rejected.update(rejected)
-        for name in {key.rpartition("/")[0] for key in rejected}:
-            self._check(self._sources[name])
-
-    def _check(self, source: StreamSource) -> None:
-        prefix = f"{source.name}/"
-        reasons = {
-            key.removeprefix(prefix): n for key, n in self._rejected.items() if key.rpartition("/")[0] == source.name
-        }
-        bad, seen, share = sum(reasons.values()), self._seen[source.name], source.allowed_rejects
-        certain = bad > share * max(seen, source.samples)
-        likely = seen >= _LEAST_SEEN and bad > share * seen + 3 * sqrt(share * seen)
-        if certain or likely:
-            listed = ", ".join(f"{reason} {n}" for reason, n in sorted(reasons.items()))
-            raise DataError(
-                f"source {source.name!r} in {source.shards[0].path.parent}: {bad} of {seen} records ({bad / seen:.1%}) "
-                f"cannot be used, allowed are {share:.1%}: {listed}. Repair the data, or raise the source's "
-                f"allowed_rejects in the manifest"
-            )
-
-
-class _Batches(IterableDataset[_Parcel]):
-    """A range of this rank's batches, of which DataLoader worker w makes every workers-th one.
-
-    DataLoader collects from its workers in turn, beginning with worker 0; which batches are a worker's therefore
-    depends on the first, so that batches keep their order wherever the range begins.
-    """
-
-    def __init__(self, first: int, stop: int) -> None:
-        self.first, self.stop = first, stop
-
-    def mine(self) -> range:
-        """Return the numbers of the batches that this process makes."""
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        return range(self.first + worker, self.stop, workers)
-
-    def batches(self) -> Iterator[Batch | _Nothing]:
-        """Make the batches that are this process's."""
-        raise NotImplementedError
-
-    def __iter__(self) -> Iterator[_Parcel]:
-        try:
-            yield from self.batches()
-        except DataError as error:
-            yield _Failure(error)
-
-
-class _TrainingBatches(_Batches):
-    """This rank's share of the endless stream."""
-
-    def __init__(
-        self, mixture: Mixture, reader: ConversationReader, rank: int, ranks: int, first: int, stop: int
-    ) -> None:
-        super().__init__(first, stop)
-        self.mixture, self.reader, self.rank, self.ranks = mixture, reader, rank, ranks
-
-    def batches(self) -> Iterator[Batch]:
-        """Make the batches that are this process's; every record of the mixture's order yields exactly one item."""
-        mixture = self.mixture
-        shards = ShardReader(capacity=mixture.lanes * len(mixture.sources))
-        orders = [SourceOrder(source, mixture.seed, number) for number, source in enumerate(mixture.sources)]
-        plan, lanes = None, dict[int, Lane]()
-        for number in self.mine():
-            batch = number * self.ranks + self.rank
-            epoch, within = divmod(batch, mixture.batches_per_epoch)
-            if plan is None or plan.epoch != epoch:
-                plan, lanes = EpochPlan(mixture, epoch), {}
-            place, lane = divmod(within, mixture.lanes)
-            if lane not in lanes:
-                lanes[lane] = Lane(plan, lane, place * mixture.batch_size)
-            rejected: Counter[str] = Counter()
-            items = [
-                self._item(shards, orders, *lanes[lane].take(), index, rejected)
-                for index in range(batch * mixture.batch_size, (batch + 1) * mixture.batch_size)
-            ]
-            yield collate(items, epoch, rejected)
-
-    def _item(
-        self,
-        shards: ShardReader,
-        orders: list[SourceOrder],
-        source: int,
-        candidates: Iterator[int],
-        index: int,
-        rejected: Counter[str],
-    ) -> Item:
-        """Return the first usable candidate; a rejection counts where the record itself was due, not as substitute."""
-        name = self.mixture.sources[source].name
-        reasons: Counter[str] = Counter()
-        last = ""
-        for position in candidates:
-            try:
-                conversation = self.reader(shards.read(*orders[source].locate(position)))
-            except UnusableRecord as error:
-                if not reasons:
-                    rejected[f"{name}/{error.reason}"] += 1
-                reasons[error.reason] += 1
-                last = str(error)
-                continue
-            return Item(conversation, name, index)
-        folder = self.mixture.sources[source].shards[0].path.parent
-        listed = ", ".join(f"{reason} {n}" for reason, n in sorted(reasons.items()))
-        raise DataError(
-            f"source {name!r} in {folder}: none of {reasons.total()} records in a row can be used: {listed} "
-            f"(the last: {last}). Repair the data or leave the source out"
-        )
-
-
-class _EvaluationBatches(_Batches):
-    """This rank's batches of a finite split."""
-
-    def __init__(
-        self,
-        sources: tuple[StreamSource, ...],
-        reader: ConversationReader,
-        batches: list[list[tuple[int, int]]],
-        ranks: int,
-    ) -> None:
-        super().__init__(0, len(batches))
-        self.sources, self.reader, self.contents, self.ranks = sources, reader, batches, ranks
-        self.offsets = [0, *accumulate(source.samples for source in sources)]
-
-    def batches(self) -> Iterator[Batch | _Nothing]:
-        """Make the batches that are this process's; unusable records are left out, never replaced."""
-        shards = ShardReader(capacity=len(self.sources) + 1)
-        for number in self.mine():
-            items: list[Item] = []
-            rejected: Counter[str] = Counter()
-            for source, position in self.contents[number]:
-                try:
-                    conversation = self.reader(shards.read(*_in_order(self.sources[source], position)))
-                except UnusableRecord as error:
-                    rejected[f"{self.sources[source].name}/{error.reason}"] += 1
-                    continue
-                items.append(Item(conversation, self.sources[source].name, self.offsets[source] + position))
-            if not items and self.ranks > 1:  # a rank that skips a batch would leave the others waiting for it
-                raise DataError(f"no record of an evaluation batch can be used ({dict(rejected)}): use larger batches")
-            yield collate(items, rejected=rejected) if items else _Nothing(dict(rejected))
-
-
-def _in_order(source: StreamSource, position: int) -> tuple[Any, int]:
-    """Return the shard and the record in it at a position of a source as it was written."""
-    for shard in source.shards:
-        if position < shard.samples:
-            return shard, position
-        position -= shard.samples
-    raise IndexError(position)
+# What settings were before they could be chosen; checkpoints of that time do not have them.
+FORMERLY: dict[str, Any] = {"weights": "count", "mixing": "random", "group_batches": 1, "own_max_tiles": {}}
 
 
 @contextmanager
@@ -226,7 +40,7 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
-def _deliver(dataset: _Batches, workers: int, pin_memory: bool, tally: RejectTally) -> Iterator[Batch]:
+def _deliver(dataset: BatchRange, workers: int, pin_memory: bool, tally: RejectTally) -> Iterator[Batch]:
     """Yield a dataset's batches, through worker processes if there are any, and account for what was rejected."""
     options: dict[str, Any] = {}
     if workers:
@@ -236,15 +50,15 @@ def _deliver(dataset: _Batches, workers: int, pin_memory: bool, tally: RejectTal
         options = {"multiprocessing_context": context, "prefetch_factor": 2}
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin_memory, **options)
     with _signals_blocked():
-        parcels: Iterable[_Parcel] = iter(loader)
+        parcels: Iterable[Parcel] = iter(loader)
     left_out: Counter[str] = Counter()
     try:
         for parcel in parcels:
-            if isinstance(parcel, _Failure):
+            if isinstance(parcel, Failure):
                 raise parcel.error
             seen = parcel.records() if isinstance(parcel, Batch) else Counter[str]()
-            if isinstance(dataset, _EvaluationBatches):  # a rejected record is not replaced by one that is seen
-                seen.update(_by_source(parcel.rejected))
+            if isinstance(dataset, EvaluationBatches):  # a rejected record is not replaced by one that is seen
+                seen.update(rejects_by_source(parcel.rejected))
             tally.add(seen, parcel.rejected)
             left_out.update(parcel.rejected)
             if isinstance(parcel, Batch):
@@ -253,13 +67,6 @@ def _deliver(dataset: _Batches, workers: int, pin_memory: bool, tally: RejectTal
                 yield parcel
     finally:
         del parcels  # stops the workers now, even if an error's traceback keeps this frame alive
-
-
-def _by_source(rejected: dict[str, int]) -> Counter[str]:
-    counts: Counter[str] = Counter()
-    for key, number in rejected.items():
-        counts[key.rpartition("/")[0]] += number
-    return counts
 
 
 class TrainingLoader:
@@ -278,6 +85,7 @@ class TrainingLoader:
         workers: worker processes; 0 reads in this one.
         processed: micro-batches that training has finished with, for a state taken while one is in work.
         pin_memory: deliver batches in page-locked memory.
+        cache: where shards are fetched to; not needed for those that are read in place.
 
     Raises:
         ConfigError: if the lanes cannot be dealt to ranks x workers.
@@ -293,11 +101,12 @@ class TrainingLoader:
         workers: int = 0,
         processed: Callable[[], int] | None = None,
         pin_memory: bool = False,
+        cache: ShardCache | None = None,
     ) -> None:
         check_topology(mixture.lanes, ranks, workers)
         self.mixture, self.reader, self.length = mixture, reader, length
         self.rank, self.ranks, self.workers = rank, ranks, workers
-        self._processed, self._pin_memory = processed, pin_memory
+        self._processed, self._pin_memory, self._cache = processed, pin_memory, cache
         self._position = 0
         self._tally = RejectTally(mixture.sources)
 
@@ -306,14 +115,21 @@ class TrainingLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         stop = (self._position // self.length + 1) * self.length
-        dataset = _TrainingBatches(self.mixture, self.reader, self.rank, self.ranks, self._position, stop)
+        dataset = TrainingBatches(self.mixture, self.reader, self.rank, self.ranks, self._position, stop, self._cache)
         for batch in _deliver(dataset, self.workers, self._pin_memory, self._tally):
             self._position += 1
             yield batch
 
     def identity(self) -> dict[str, Any]:
         """Return, as JSON values, all that must be the same for a run to go on with the same data."""
-        return {**self.mixture.identity(), "turns": self.reader.turns}
+        own = {source.name: source.max_tiles for source in self.mixture.sources if source.max_tiles is not None}
+        identity = {**self.mixture.identity(), "turns": self.reader.turns, "own_max_tiles": own}
+        if self.mixture.group_batches > 1:  # what the records' estimated sizes depend on
+            rule = self.reader.rule()
+            identity["tile_rule"] = [rule.tile_size, rule.tokens_per_side, rule.min_tiles, rule.thumbnail, rule.fit]
+            identity["max_tiles"] = [self.reader.rule(source.max_tiles).max_tiles for source in self.mixture.sources]
+            identity["max_length"] = self.reader.budget
+        return identity
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of micro-batches consumed by all ranks, and the stream's identity."""
@@ -326,8 +142,9 @@ class TrainingLoader:
         Raises:
             ConfigError: if the order has changed, or the consumed batches do not divide by the ranks.
         """
-        saved, now = state["identity"], self.identity()
-        changed = [f"{key} was {saved.get(key)!r} and is {now[key]!r}" for key in now if saved.get(key) != now[key]]
+        saved, now = {**FORMERLY, **state["identity"]}, self.identity()
+        both = [key for key in now if key in saved]
+        changed = [f"{key} was {saved[key]!r} and is {now[key]!r}" for key in both if saved[key] != now[key]]
         if changed:
             raise ConfigError(
                 f"the data of this checkpoint cannot be continued: {'; '.join(changed)}. Restore these settings, or "
@@ -357,6 +174,7 @@ class EvaluationLoader:
         workers: worker processes; 0 reads in this one.
         limit: use at most so many records, the first of every source in proportion to its size.
         pin_memory: deliver batches in page-locked memory.
+        cache: where shards are fetched to; not needed for those that are read in place.
 
     Raises:
         ConfigError: if there are fewer records than ranks.
@@ -372,9 +190,10 @@ class EvaluationLoader:
         workers: int = 0,
         limit: int | None = None,
         pin_memory: bool = False,
+        cache: ShardCache | None = None,
     ) -> None:
         self.sources, self.reader, self.workers = sources, reader, workers
-        self._ranks, self._pin_memory = ranks, pin_memory
+        self._ranks, self._pin_memory, self._cache = ranks, pin_memory, cache
         total = sum(source.samples for source in sources)
         share = 1.0 if limit is None else min(1.0, limit / total)
         ends = [round(end * share) for end in accumulate(source.samples for source in sources)]
@@ -390,5 +209,5 @@ class EvaluationLoader:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        dataset = _EvaluationBatches(self.sources, self.reader, self._batches, self._ranks)
+        dataset = EvaluationBatches(self.sources, self.reader, self._batches, self._ranks, self._cache)
         return _deliver(dataset, self.workers, self._pin_memory, RejectTally(self.sources))

@@ -1,182 +1,64 @@
-"""What data is: a typed view of `data_manifests/*.yaml`, and of the `index.json` beside a source's shards.
+"""What data is: a typed view of `data_manifests/*.yaml`.
 
 A manifest names its splits, a split its sources, a source how often it is repeated, how much of it may be
-unusable and, optionally, what builds it. `data_manifests/README.md` describes both formats.
+unusable and, optionally, what builds it and where that comes from. Its root is a folder or a URL. Nothing is opened
+or fetched while a manifest is read. `data_manifests/README.md` describes the format.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
-import math
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
-import yaml
+from pgp_lightning.data.index import INDEX_FILE, Index
+from pgp_lightning.data.roots import folder_inside, public, root_url
+from pgp_lightning.data.sections import Section, read_yaml
+from pgp_lightning.errors import ConfigError
 
-from pgp_lightning.errors import ConfigError, DataError
+__all__ = ["CACHE_FOLDER", "Build", "Manifest", "OnDamage", "Source", "Upstream", "Weights"]
 
-__all__ = ["INDEX_FILE", "INDEX_VERSION", "Build", "Index", "Manifest", "Shard", "Source"]
+CACHE_FOLDER = Path("data/cache")
 
-INDEX_FILE = "index.json"
-INDEX_VERSION = 1
-_REQUIRED = object()
+Weights = Literal["count", "sqrt", "explicit"]
+OnDamage = Literal["fail", "substitute"]
 
-
-class _Section:
-    """A mapping inside a file, read key by key, so that every error names the file and the key."""
-
-    def __init__(
-        self, file: Path, where: str, value: object, known: Sequence[str], error: type[ConfigError | DataError]
-    ) -> None:
-        self.file, self.where, self.error = file, where, error
-        if not isinstance(value, Mapping):
-            raise self.problem("", f"expected a mapping with the keys {', '.join(known)}, got {value!r}")
-        for key in value:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}"
-                raise self.problem(str(key), f"unknown key: {hint}")
-        self.value = value
-
-    def problem(self, key: str, message: str) -> ConfigError | DataError:
-        """Return the error to raise about a key."""
-        place = ".".join(part for part in (self.where, key) if part)
-        return self.error(f"{self.file}: {place + ': ' if place else ''}{message}")
-
-    def get(self, key: str, default: object = _REQUIRED) -> object:
-        """Return a key's value, whatever it is."""
-        if key not in self.value and default is _REQUIRED:
-            raise self.problem(key, "this key is required")
-        value: object = self.value.get(key, default)
-        return value
-
-    def text(self, key: str, default: object = _REQUIRED) -> str:
-        """Return a non-empty string."""
-        value = self.get(key, default)
-        if not isinstance(value, str) or not (value.strip() or value == default):
-            raise self.problem(key, f"expected a non-empty string, got {value!r}")
-        return value
-
-    def bare_name(self, key: str) -> str:
-        """Return a string that is one component of a path, so that a file cannot point out of its folder."""
-        name = self.text(key)
-        if name in (".", "..") or "/" in name or "\\" in name:
-            raise self.problem(key, f"expected a plain name without slashes, got {name!r}")
-        return name
-
-    def number(self, key: str, default: object = _REQUIRED, low: float = 0.0, high: float = math.inf) -> float:
-        """Return a finite number within [low, high]."""
-        value = self.get(key, default)
-        if (
-            not isinstance(value, int | float)
-            or isinstance(value, bool)
-            or not low <= value <= high
-            or value == math.inf
-        ):
-            raise self.problem(key, f"expected a number from {low:g} to {high:g}, got {value!r}")
-        return float(value)
-
-    def integer(self, key: str, default: object = _REQUIRED, low: int = 1) -> int:
-        """Return an integer of at least `low`."""
-        value = self.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise self.problem(key, f"expected an integer of at least {low}, got {value!r}")
-        return value
-
-    def mapping(self, key: str) -> dict[str, Any]:
-        """Return a mapping with any keys, empty if it is not there."""
-        value = self.get(key, {})
-        if not isinstance(value, Mapping):
-            raise self.problem(key, f"expected a mapping, got {value!r}")
-        return dict(value)
-
-    def section(self, key: str, value: object, known: Sequence[str]) -> _Section:
-        """Return a mapping found under a key."""
-        return _Section(self.file, ".".join(part for part in (self.where, key) if part), value, known, self.error)
-
-    def sections(self, key: str, known: Sequence[str]) -> list[_Section]:
-        """Return a non-empty list of mappings."""
-        value = self.get(key)
-        if not isinstance(value, list) or not value:
-            raise self.problem(key, f"expected a non-empty list, got {value!r}")
-        return [self.section(f"{key}[{number}]", entry, known) for number, entry in enumerate(value)]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One plain tar of records."""
-
-    path: Path
-    samples: int
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Index:
-    """The content of a source's `index.json`; the writer writes it last, so a folder that has one is complete."""
-
-    folder: Path
-    source: str
-    shards: tuple[Shard, ...]
-    builder: Mapping[str, Any]
-
-    @property
-    def samples(self) -> int:
-        """Number of records in all shards."""
-        return sum(shard.samples for shard in self.shards)
-
-    @classmethod
-    def load(cls, folder: Path) -> Index:
-        """Read `index.json` in a folder.
-
-        Raises:
-            FileNotFoundError: if there is none.
-            DataError: if it is not an index of this version, naming the file and the key.
-        """
-        file = folder / INDEX_FILE
-        try:
-            value = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{file} is not JSON ({error}): delete {folder} and build it again") from error
-        top = _Section(file, "", value, ("version", "source", "samples", "shards", "builder"), DataError)
-        if (version := top.get("version")) != INDEX_VERSION:
-            raise top.problem("version", f"expected {INDEX_VERSION}, got {version!r}: delete {folder}, build it again")
-        shards = tuple(
-            Shard(
-                folder / entry.bare_name("file"), entry.integer("samples"), entry.integer("bytes"), entry.text("sha256")
-            )
-            for entry in top.sections("shards", ("file", "samples", "bytes", "sha256"))
-        )
-        index = cls(folder, top.text("source"), shards, top.mapping("builder"))
-        if top.integer("samples") != index.samples:
-            raise top.problem("samples", f"expected the shards' sum {index.samples}, got {top.get('samples')}")
-        return index
-
-    def check_files(self) -> None:
-        """Check that every shard exists with the promised size; contents are `verify_source`'s business.
-
-        Raises:
-            DataError: naming the first shard that is missing or has another size.
-        """
-        for shard in self.shards:
-            remedy = f"delete {self.folder} and build or fetch it again"
-            if not shard.path.is_file():
-                raise DataError(f"{shard.path} is missing, though {INDEX_FILE} lists it: {remedy}")
-            if (size := shard.path.stat().st_size) != shard.bytes:
-                raise DataError(f"{shard.path} has {size} bytes, {INDEX_FILE} promises {shard.bytes}: {remedy}")
+_SOURCE_KEYS = ("name", "repeat", "weight", "max_tiles", "allowed_rejects", "on_damage", "upstream", "build")
+_UPSTREAM_KEYS = ("annotations", "images", "records", "from", "licence", "verified", "note")
 
 
 @dataclass(frozen=True)
 class Build:
-    """How to make a source that has no shards yet: a class with the interface of `shards.SampleBuilder`."""
+    """How to make a source that has no shards yet: a class with the interface of `records.SampleBuilder`."""
 
     class_path: str
     init_args: Mapping[str, Any] = field(default_factory=dict)
     samples_per_shard: int = 1000
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """Where the raw files of a source come from; for people, but for `records`.
+
+    Args:
+        annotations: name of the annotation file, as upstream calls it.
+        images: folder of the images, as upstream lays it out.
+        records: records in the annotation file, which building the shards checks.
+        origin: a URL or the id of a hub data set; `from` in the file.
+        licence: of annotations and images.
+        verified: whether names, number and licence were read at the place they come from, not remembered.
+        note: what else to know.
+    """
+
+    annotations: str | None = None
+    images: str | None = None
+    records: int | None = None
+    origin: str | None = None
+    licence: str | None = None
+    verified: bool = False
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -186,11 +68,16 @@ class Source:
     Args:
         name: also the name of its folder, and of its curves while training.
         split: train, val or test.
-        folder: where its shards and `index.json` are.
+        folder: where its shards and `index.json` are, or where the cache keeps them.
         manifest: the file it stands in, for messages.
         repeat: passes over the source per epoch; 0.5 is another half in every epoch.
         allowed_rejects: greatest share of its records that may be unusable before a run fails.
         build: what makes its shards if there are none.
+        weight: its share of the stream before normalising, with `weights: explicit`; else None.
+        max_tiles: greatest number of tiles of its images, in place of the run's own; None for that.
+        on_damage: whether a shard that cannot be read stops the run, or counts as rejected records.
+        upstream: where its raw files come from.
+        url: where its shards and `index.json` are fetched from; None for a local folder.
     """
 
     name: str
@@ -200,37 +87,59 @@ class Source:
     repeat: float = 1.0
     allowed_rejects: float = 0.01
     build: Build | None = None
+    weight: float | None = None
+    max_tiles: int | None = None
+    on_damage: OnDamage = "fail"
+    upstream: Upstream | None = None
+    url: str | None = field(default=None, repr=False)  # may hold a password
+
+    @property
+    def expected_records(self) -> int | None:
+        """Number of records upstream states, None if it is not known."""
+        return self.upstream.records if self.upstream else None
 
     @property
     def built(self) -> bool:
-        """Whether the source's shards are there."""
+        """Whether the source's index is there, and with a local source its shards."""
         return (self.folder / INDEX_FILE).is_file()
 
     def index(self) -> Index:
-        """Read the source's index and check its shards' sizes.
+        """Read the source's index and check the sizes of shards that are read in place and must all be whole.
 
         Raises:
             ConfigError: if the source has no shards, saying where they were expected and what to do.
-            DataError: if index or shards are damaged.
+            DataError: if the index is damaged, or a shard is and the source has `on_damage: fail`.
         """
         if not self.built:
-            remedy = (
-                "it is built when a run prepares its data, or by `pgp shards`"
-                if self.build
-                else "write its shards there, set the root to the folder that has them, or give the source a `build:`"
-            )
+            remedy = "write its shards there, set the root to the folder that has them, or give the source a `build:`"
+            if self.url:
+                remedy = f"it is fetched from {public(self.url)} when a run prepares its data"
+            elif self.build:
+                remedy = "it is built when a run prepares its data, or by `pgp shards`"
             raise ConfigError(
                 f"{self.manifest}: source {self.name!r} of split {self.split!r}: "
                 f"{self.folder / INDEX_FILE} does not exist: {remedy}"
             )
-        index = Index.load(self.folder)
-        index.check_files()
+        index = Index.load(self.folder, self.url)
+        if self.url is None and self.on_damage == "fail":
+            index.check_files()
         return index
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A data set: what it is, under which licence, and its sources by split."""
+    """A data set: what it is, under which licence, and its sources by split.
+
+    Args:
+        file: the YAML file.
+        name: of the data set.
+        licence: of its records.
+        description: one sentence.
+        root: the folder of the shards, or of what is fetched of them.
+        splits: the sources of train, val and test, as far as the manifest has them.
+        weights: how the sources of the train split share the stream.
+        url: where the shards are fetched from; None for a local folder.
+    """
 
     file: Path
     name: str
@@ -238,36 +147,50 @@ class Manifest:
     description: str
     root: Path
     splits: Mapping[str, tuple[Source, ...]]
+    weights: Weights = "count"
+    url: str | None = field(default=None, repr=False)
 
     @classmethod
-    def load(cls, path: str | Path, root: str | Path | None = None) -> Manifest:
+    def load(
+        cls,
+        path: str | Path,
+        root: str | Path | None = None,
+        allow_pipe: bool = False,
+        cache: str | Path = CACHE_FOLDER,
+    ) -> Manifest:
         """Read a manifest.
 
         Args:
             path: a YAML file.
-            root: the folder of the shards, in place of the manifest's own; relative to the working directory.
+            root: folder (relative to the working directory) or URL of the shards, in place of the manifest's own.
+            allow_pipe: accept a root `pipe:COMMAND`, which runs a shell command for every file.
+            cache: folder for what is fetched, if the root is a URL.
 
         Raises:
-            ConfigError: if the file is missing or wrong, naming the file and the key.
+            ConfigError: if the file is missing or wrong, naming the file, the line and the key.
         """
         file = Path(path)
+        top = read_yaml(file, ("name", "licence", "description", "root", "weights", "splits"))
+        given = top.text("root") if root is None else str(root)
         try:
-            value = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ConfigError(f"{file} does not exist in {Path.cwd()}: give the path of a data manifest") from error
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{file} cannot be read as YAML: {error}") from error
-        top = _Section(file, "", value, ("name", "licence", "description", "root", "splits"), ConfigError)
-        folder = Path(top.text("root") if root is None else root)
+            url = root_url(given, allow_pipe)
+        except ValueError as error:
+            told = f"{error}" if root is None else f"{error} (this root was given in place of the manifest's own)"
+            raise top.problem("root", told) from error
+        # One manifest may be read from several places in turn: each has a folder of its own.
+        folder = Path(given) if url is None else Path(cache) / hashlib.sha256(url.encode()).hexdigest()[:12]
         known = ("train", "val", "test")
-        splits = top.section("splits", top.get("splits"), known)
+        weights = cast(Weights, top.choice("weights", get_args(Weights), "count"))
+        splits = top.section("splits", known)
         return cls(
             file=file,
             name=top.text("name"),
             licence=top.text("licence"),
             description=top.text("description", ""),
             root=folder,
-            splits={split: _sources(splits, split, folder) for split in known if split in splits.value},
+            splits={split: _sources(splits, split, folder, url, weights) for split in known if split in splits.value},
+            weights=weights,
+            url=url,
         )
 
     def sources(self, split: str) -> tuple[Source, ...]:
@@ -281,22 +204,20 @@ class Manifest:
         return self.splits[split]
 
 
-def _sources(splits: _Section, split: str, root: Path) -> tuple[Source, ...]:
+def _sources(splits: Section, split: str, root: Path, url: str | None, weights: Weights) -> tuple[Source, ...]:
     """Read the sources of one split."""
     found: dict[str, Source] = {}
-    for entry in splits.sections(split, ("name", "repeat", "allowed_rejects", "build")):
+    for entry in splits.sections(split, _SOURCE_KEYS):
         name = entry.bare_name("name")
         if name in found:
             raise entry.problem("name", f"{name!r} appears twice: use `repeat` to see a source more often")
         repeat = entry.number("repeat", 1.0)
         if repeat == 0:
             raise entry.problem("repeat", "expected a number above 0: leave the source out instead")
-        build = None
-        if entry.get("build", None) is not None:
-            section = entry.section("build", entry.get("build"), ("class_path", "init_args", "samples_per_shard"))
-            if "." not in (class_path := section.text("class_path")):
-                raise section.problem("class_path", f"expected `package.module.Class`, got {class_path!r}")
-            build = Build(class_path, section.mapping("init_args"), section.integer("samples_per_shard", 1000))
+        try:
+            own_url = None if url is None else folder_inside(folder_inside(url, split), name)
+        except ValueError as error:
+            raise entry.problem("name", str(error)) from error
         found[name] = Source(
             name=name,
             split=split,
@@ -304,6 +225,50 @@ def _sources(splits: _Section, split: str, root: Path) -> tuple[Source, ...]:
             manifest=splits.file,
             repeat=repeat,
             allowed_rejects=entry.number("allowed_rejects", 0.01, high=1.0),
-            build=build,
+            build=_build(entry),
+            weight=_weight(entry, split, weights),
+            max_tiles=None if "max_tiles" not in entry.value else entry.integer("max_tiles"),
+            on_damage=cast(OnDamage, entry.choice("on_damage", get_args(OnDamage), "fail")),
+            upstream=_upstream(entry),
+            url=own_url,
         )
     return tuple(found.values())
+
+
+def _weight(entry: Section, split: str, weights: Weights) -> float | None:
+    """Read a source's weight, which train sources have with `weights: explicit` and no others."""
+    if split != "train" or weights != "explicit":
+        if "weight" in entry.value:
+            reason = "only train is mixed" if split != "train" else f"the manifest has `weights: {weights}`"
+            raise entry.problem("weight", f"{reason}, a weight would do nothing: leave it out")
+        return None
+    if "weight" not in entry.value:
+        raise entry.problem("weight", "this key is required, as the manifest has `weights: explicit`")
+    if (weight := entry.number("weight")) == 0:
+        raise entry.problem("weight", "expected a number above 0: leave the source out instead")
+    return weight
+
+
+def _build(entry: Section) -> Build | None:
+    """Read how a source is built."""
+    if entry.get("build", None) is None:
+        return None
+    section = entry.section("build", ("class_path", "init_args", "samples_per_shard"))
+    if "." not in (class_path := section.text("class_path")):
+        raise section.problem("class_path", f"expected `package.module.Class`, got {class_path!r}")
+    return Build(class_path, section.mapping("init_args"), section.integer("samples_per_shard", 1000))
+
+
+def _upstream(entry: Section) -> Upstream | None:
+    """Read where a source comes from."""
+    if "upstream" not in entry.value:
+        return None
+    section = entry.section("upstream", _UPSTREAM_KEYS)
+    texts = {
+        key: section.text(key) if key in section.value else None
+        for key in _UPSTREAM_KEYS
+        if key not in ("records", "verified")
+    }
+    texts["origin"] = texts.pop("from")
+    records = section.integer("records") if "records" in section.value else None
+    return Upstream(**texts, records=records, verified=section.flag("verified", False))

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from pgp_lightning.data.manifest import Manifest, Source
-from pgp_lightning.data.shards import make_builder
+from pgp_lightning.data.writing import make_builder
 from pgp_lightning.embedded.records import EmbeddedRecords, Family
 from pgp_lightning.embedded.world import GRID, RELEVANT_SHARE, RULE, per_token
 from pgp_lightning.errors import ConfigError

@@ -37,7 +37,7 @@ from pgp_lightning.data.collate import Batch
 from pgp_lightning.data.loader import EvaluationLoader
 from pgp_lightning.data.manifest import Manifest
 from pgp_lightning.data.module import InstructionData
-from pgp_lightning.data.shards import build_source
+from pgp_lightning.data.writing import build_source
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.evaluation.probe_report import RATIOS, Findings, Recalls, verdict
 from pgp_lightning.evaluation.scoring import Interval, paired_bootstrap

@@ -18,6 +18,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from pgp_lightning.data.loader import FORMERLY
 from pgp_lightning.errors import ConfigError
 
 __all__ = ["RunRecord", "checkpoints", "differences", "last_checkpoint", "read_checkpoint", "read_record"]
@@ -35,7 +36,16 @@ TRAINER_KEYS = (
     "precision",
 )
 # Data options that say how batches are made ready, not which.
-FREE_DATA_KEYS = {"build_workers", "limit_val_records", "root", "val_batch_size", "workers"}
+FREE_DATA_KEYS = {
+    "allow_pipe",
+    "build_workers",
+    "cache",
+    "cache_gib",
+    "limit_val_records",
+    "root",
+    "val_batch_size",
+    "workers",
+}
 # Callbacks that only look on.
 WATCHERS = {
     "DataIntake",
@@ -179,6 +189,8 @@ def _that_matters(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield (key, value) of all that decides what is learned."""
     yield "seed_everything", config.get("seed_everything")
     yield from _flat("model", config.get("model"))
+    # Checkpoints from before these could be chosen go on; what is given below counts.
+    yield from ((f"data.{key}", value) for key, value in FORMERLY.items())
     for key, value in _flat("data", config.get("data")):
         if key.removeprefix("data.") not in FREE_DATA_KEYS:
             yield key, value

@@ -225,7 +225,7 @@ def test_shards_of_other_settings(case: Case):
     case.fails(2, "train/objects was built with other settings: records (there 40, now 41)", "Delete it")
 
 
-def test_a_build_that_breaks_leaves_nothing(case: Case, monkeypatch: pytest.MonkeyPatch):
+def test_a_build_that_breaks_keeps_its_finished_shards_aside(case: Case, monkeypatch: pytest.MonkeyPatch):
     shutil.rmtree(case.data)
     from pgp_lightning.embedded.records import EmbeddedRecords
 
@@ -239,9 +239,15 @@ def test_a_build_that_breaks_leaves_nothing(case: Case, monkeypatch: pytest.Monk
     monkeypatch.setattr(EmbeddedRecords, "__getitem__", broken)
     with pytest.raises(KeyboardInterrupt):
         pgp(["shards", "build", str(case.manifest)])
-    assert {path.parent.name for path in case.data.rglob("*") if path.is_file()} == {"objects"}
+    assert [path.name for path in (case.data / "train").glob("[!.]*")] == ["objects"]
+    (part,) = case.data.glob("train/.reading.*.part")
+    kept = part / "files" / "reading-00000.tar"  # records 0..15; the rest began with the 16th
+    assert list(part.glob("files/*")) == [kept] and not list(part.glob("*.tmp"))
+    inode = kept.stat().st_ino
     monkeypatch.undo()
-    assert case.call(pgp, ["shards", "build", str(case.manifest)]).code == 0
+    outcome = case.call(pgp, ["shards", "build", str(case.manifest)])
+    assert outcome.code == 0 and "1 of 2 shards are finished from before" in outcome.warned
+    assert case.shard("train/reading").stat().st_ino == inode and not part.exists()
     assert case.call(pgp, ["shards", "verify", str(case.manifest)]).code == 0
 
 

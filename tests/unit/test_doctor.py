@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from pgp_lightning.doctor import Finding, examine
+from pgp_lightning.data.module import InstructionData
+from pgp_lightning.doctor import _most_tiles, examine
+from pgp_lightning.finding import Finding
 from pgp_lightning.tools import main
 from tests.integration.small_run import small_config, write_config, write_manifest
 from tests.tiny import GOLDEN, save_tiny
@@ -306,3 +309,71 @@ def test_data_of_another_class(case: Case):
     case.config["data"] = {"class_path": "lightning.pytorch.demos.boring_classes.BoringDataModule"}
     findings = case.finds("warn", "data", "BoringDataModule is not known here")
     assert not [one for one in findings if one.state == "fail"]
+
+
+def rewrite_manifest(case: Case, **changes: Any) -> Any:
+    """Change the top level of the manifest and return its content."""
+    path = Path(case.data["manifest"])
+    content = yaml.safe_load(path.read_text()) | changes
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return content
+
+
+def test_shares_and_a_sources_own_tiles(case: Case):
+    content = rewrite_manifest(case, weights="explicit")
+    objects, reading = content["splits"]["train"]
+    objects |= {"weight": 1, "max_tiles": 1}
+    reading |= {"weight": 3}
+    Path(case.data["manifest"]).write_text(yaml.safe_dump(content))
+    case.data.update({"mixing": "even", "group_batches": 2})
+    # 16 and 48 of 64 records, of sources of 40 and 24.
+    findings = case.finds("ok", "shares", "weights explicit", "objects 0.40, reading 2.00")
+    longest = {one.what: int(one.detail.split("longest ")[1].split()[0]) for one in findings if "longest" in one.detail}
+    assert longest["train/objects"] < longest["val/objects"]
+    case.data["group_batches"] = 0
+    case.finds("fail", "config", "data.group_batches must be at least 1, got 0")
+
+
+def test_raw_files_that_are_missing(case: Case, tmp_path: Path):
+    content = rewrite_manifest(case, root=str(tmp_path / "none"))
+    for missing, init_args in (
+        ("notes.jsonl does not exist", {"annotations": str(tmp_path / "notes.jsonl"), "images": str(tmp_path)}),
+        ("pictures does not exist", {"annotations": case.data["manifest"], "images": str(tmp_path / "pictures")}),
+    ):
+        content["splits"]["train"][0]["build"] = {
+            "class_path": "pgp_lightning.data.instructions.InstructionRecords",
+            "init_args": init_args,
+        }
+        Path(case.data["manifest"]).write_text(yaml.safe_dump(content))
+        case.finds("fail", "train/objects", "has no shards, and what they would be made of is missing", missing)
+
+
+def test_a_lenient_sources_damage_counts_as_rejects(case: Case, shards: Path):
+    shutil.copytree(shards, case.folder / "data")
+    case.data["root"] = str(case.folder / "data")
+    content = rewrite_manifest(case)
+    content["splits"]["train"][1] |= {"on_damage": "substitute", "allowed_rejects": 0.7}
+    Path(case.data["manifest"]).write_text(yaml.safe_dump(content))
+    (case.folder / "data" / "train" / "reading" / "reading-00000.tar").unlink()
+    case.finds("ok", "train/reading", "24 records in 2 shards", "16 damaged-shard")
+
+
+def test_sources_at_a_url_are_not_fetched(case: Case, shards: Path):
+    case.data.update({"root": f"file://{shards}", "cache": str(case.folder / "cache")})
+    case.finds("warn", "train/objects", f"its index is fetched from file://{shards}/train/objects when a run prepares")
+    assert not (case.folder / "cache").exists()
+    InstructionData(**case.data).prepare_data()
+    case.finds("ok", "train/objects", "40 records in 3 shards, fetched from file://", "unread here")
+    case.finds("ok", "cache", "0.0 GiB of shards are read in turn")
+    case.data["cache_gib"] = 1e-5
+    case.finds("warn", "cache", "raise data.cache_gib")
+    assert not list((case.folder / "cache").rglob("*.tar"))
+
+
+def test_the_largest_tiling_is_that_of_the_source_that_allows_most(case: Case):
+    content = rewrite_manifest(case)
+    content["splits"]["train"][1]["max_tiles"] = 3
+    Path(case.data["manifest"]).write_text(yaml.safe_dump(content))
+    assert _most_tiles(InstructionData(**case.data)) is None
+    assert _most_tiles(InstructionData(**case.data, max_tiles=2)) == 3
+    assert _most_tiles(InstructionData(**case.data, max_tiles=4)) == 4

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from data_world import SIZES, PictureBuilder, stream_source
 
 from pgp_lightning.data.mixture import StreamSource
-from pgp_lightning.data.shards import write_source
+from pgp_lightning.data.writing import write_source
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
-from pgp_lightning.data.manifest import Index
-from pgp_lightning.data.mixture import StreamSource
+from pgp_lightning.data.index import Index, Shard
+from pgp_lightning.data.mixture import EpochPlan, Mixture, StreamSource
 from pgp_lightning.vlm.tiles import TileRule
 
 SIZES = {"large": 97, "middle": 31, "small": 5}
@@ -69,3 +70,15 @@ class WordProcessor:
 def stream_source(folder: Path, repeat: float = 1.0, allowed_rejects: float = 0.0) -> StreamSource:
     """Return a written source as the stream sees it."""
     return StreamSource(folder.name, Index.load(folder).shards, repeat, allowed_rejects)
+
+
+def plain_source(name: str, sizes: list[int], repeat: float = 1.0) -> StreamSource:
+    """Return a source without files, of which only the numbers matter."""
+    return StreamSource(name, tuple(Shard(Path(f"{name}-{i}.tar"), n, 0, "") for i, n in enumerate(sizes)), repeat)
+
+
+def global_order(mixture: Mixture, epoch: int) -> np.ndarray:
+    """Return the sources of an epoch's records as all ranks together see them, before batches are grouped."""
+    plan = EpochPlan(mixture, epoch)
+    lanes = [plan.labels(lane).reshape(-1, mixture.batch_size) for lane in range(mixture.lanes)]
+    return np.stack(lanes, axis=1).reshape(-1)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from data_world import WordProcessor, picture
 
-from pgp_lightning.data.conversation import ConversationReader, UnusableRecord
-from pgp_lightning.data.shards import RawRecord
+from pgp_lightning.data.conversation import ConversationReader
+from pgp_lightning.data.records import RawRecord, UnusableRecord
 
 GOOD = {"question": "what colour", "answer": "red", "relevant": [3, 1, 3], "type": "colour"}
 

@@ -112,11 +112,13 @@ def test_needs_a_number_of_steps_and_lanes_that_fit(manifest: str, tmp_path: Pat
         ConfigError, match="less than one round of lanes x batch_size = 64 x 2: set lanes to 16 or less"
     ):
         trainer(tmp_path, 2).fit(Recorder(), data(manifest, lanes=64))
-    for name in ("batch_size", "val_batch_size", "limit_val_records", "max_length"):
+    for name in ("batch_size", "val_batch_size", "limit_val_records", "max_length", "group_batches"):
         with pytest.raises(ConfigError, match=f"data.{name} must be at least 1, got 0"):
             data(manifest, **{name: 0})
     with pytest.raises(ConfigError, match=r"data\.workers must be at least 0, got -1"):
         data(manifest, workers=-1)
+    with pytest.raises(ConfigError, match=r"data\.cache_gib must be above 0, got 0"):
+        data(manifest, cache_gib=0)
 
 
 def test_validation_alone_and_its_limit(manifest: str, tmp_path: Path) -> None:
@@ -139,3 +141,22 @@ def test_a_missing_shard_stops_a_run_before_it_starts(manifest: str, tmp_path: P
     (tmp_path / "data" / "train" / "a" / "a-00000.tar").unlink()
     with pytest.raises(DataError, match=r"a-00000.tar is missing, though index.json lists it: delete .*train/a"):
         trainer(tmp_path, 2).fit(Recorder(), data(manifest))
+
+
+def test_the_manifest_says_how_sources_are_weighed_tiled_and_repaired(manifest: str, tmp_path: Path) -> None:
+    data(manifest).prepare_data()
+    file = Path(manifest)
+    changed = file.read_text().replace("name: tiny", "name: tiny\nweights: explicit")
+    changed = changed.replace("- {name: a, build", "- {name: a, weight: 1, max_tiles: 2, build", 1)
+    changed = changed.replace("- {name: b, build", "- {name: b, weight: 3, on_damage: substitute, build", 1)
+    file.write_text(changed)
+    (tmp_path / "data" / "train" / "b" / "b-00000.tar").unlink()
+    module = data(manifest, mixing="even", group_batches=3)
+    module.prepare_data()
+    module.setup("fit")
+    mixture = module.mixture
+    assert mixture is not None and mixture.takes == (14, 42)  # of 61, in rounds of 4 lanes x 2
+    assert (mixture.mixing, mixture.group_batches, mixture.weights) == ("even", 3, "explicit")
+    assert [(one.max_tiles, one.on_damage) for one in mixture.sources] == [(2, "fail"), (None, "substitute")]
+    with pytest.raises(DataError, match=r"none of 11 records in a row can be used: damaged-shard 11"):
+        trainer(tmp_path, 8).fit(Recorder(), module)

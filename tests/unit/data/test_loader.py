@@ -6,64 +6,23 @@ import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from data_world import SIZES, PictureBuilder, WordProcessor, stream_source
+from data_world import SIZES, PictureBuilder, stream_source
+from topologies import READER, simulated, stream, summary
 
-from pgp_lightning.data import loader as module
-from pgp_lightning.data.collate import Batch
-from pgp_lightning.data.conversation import ConversationReader
-from pgp_lightning.data.loader import EvaluationLoader, RejectTally, TrainingLoader
+from pgp_lightning.data.loader import EvaluationLoader, TrainingLoader
 from pgp_lightning.data.mixture import Mixture, StreamSource
-from pgp_lightning.data.shards import write_source
+from pgp_lightning.data.rejects import RejectTally
+from pgp_lightning.data.writing import write_source
 from pgp_lightning.errors import ConfigError, DataError
-
-READER = ConversationReader(WordProcessor())
-Summary = tuple[list[str], list[int], int, dict[str, int], int]
-
-
-def summary(batch: Batch) -> Summary:
-    """Return what identifies a batch, its pixels included."""
-    return batch.keys, batch.indices, batch.epoch, batch.rejected, int(batch.request.tiles.long().sum())
 
 
 def mixture_of(sources: tuple[StreamSource, ...], **changes: Any) -> Mixture:
     """Return a mixture of 4 lanes and 2 records a batch: 16 batches an epoch."""
     return Mixture(sources, **{"seed": 7, "lanes": 4, "batch_size": 2, "window": 8, **changes})
-
-
-def stream(mixture: Mixture, ranks: int, workers: int, first: int = 0, stop: int = 40) -> dict[int, Summary]:
-    """Return the global micro-batches first..stop-1 as the ranks of a job deliver them."""
-    found = {}
-    for rank in range(ranks):
-        loader = TrainingLoader(mixture, READER, stop // ranks, rank, ranks, workers)
-        loader.load_state_dict({**loader.state_dict(), "global_batches": first})
-        for number, batch in enumerate(loader, start=first // ranks):
-            found[number * ranks + rank] = summary(batch)
-    return found
-
-
-def simulated(
-    mixture: Mixture, ranks: int, workers: int, first: int, stop: int, monkeypatch: pytest.MonkeyPatch
-) -> Any:
-    """Return the same, with the workers of a DataLoader played in this process, which collects from them in turn."""
-    found: dict[int, Summary] = {}
-    for rank in range(ranks):
-        streams = []
-        for worker in range(workers):
-            data = module._TrainingBatches(mixture, READER, rank, ranks, first // ranks, stop // ranks)
-            with monkeypatch.context() as patch:
-                info = SimpleNamespace(id=worker, num_workers=workers)
-                patch.setattr(module, "get_worker_info", lambda info=info: info)
-                streams.append(iter(list(data)))
-        for number in range(first // ranks, stop // ranks):
-            parcel = next(streams[(number - first // ranks) % workers])
-            assert isinstance(parcel, Batch)
-            found[number * ranks + rank] = summary(parcel)
-    return found
 
 
 @pytest.fixture(scope="module")

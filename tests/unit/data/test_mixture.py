@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pgp_lightning.data.manifest import Shard
+from pgp_lightning.data.index import Shard
 from pgp_lightning.data.mixture import EpochPlan, Lane, Mixture, SourceOrder, StreamSource, check_topology
 from pgp_lightning.errors import ConfigError
 

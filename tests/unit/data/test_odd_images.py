@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pgp_lightning.data.conversation import ConversationReader, UnusableRecord
-from pgp_lightning.data.shards import RawRecord
+from pgp_lightning.data.conversation import ConversationReader
+from pgp_lightning.data.records import RawRecord, UnusableRecord
 from pgp_lightning.vlm.family import VLM
 from pgp_lightning.vlm.loading import load_vlm
 from pgp_lightning.vlm.slots import lay_out

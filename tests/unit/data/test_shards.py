@@ -1,36 +1,20 @@
-"""Shards: written the same every time, all or nothing, and refused when damaged."""
+"""Shards: read by position, and refused when damaged."""
 
 from __future__ import annotations
 
 import io
 import json
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier
-from typing import Any
 
 import pytest
-from data_world import FailingBuilder, PictureBuilder
+from data_world import PictureBuilder
 
 from pgp_lightning.data import shards
-from pgp_lightning.data.manifest import Index, Shard
-from pgp_lightning.data.shards import ShardReader, verify_source, write_source
-from pgp_lightning.errors import ConfigError, DataError
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of all files in a folder."""
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-def test_the_same_builder_gives_the_same_bytes(tmp_path: Path) -> None:
-    for folder, workers in (("one", 0), ("two", 0), ("three", 2)):
-        write_source(tmp_path / folder / "a", PictureBuilder("a", 10), 4, progress=False, workers=workers)
-    assert contents(tmp_path / "one/a") == contents(tmp_path / "two/a") == contents(tmp_path / "three/a")
-    with tarfile.open(tmp_path / "one/a/a-00000.tar") as tar:
-        for member in tar:
-            assert (member.mtime, member.uid, member.gid, member.uname, member.mode) == (0, 0, 0, "", 0o644)
+from pgp_lightning.data.index import Shard
+from pgp_lightning.data.shards import ShardReader, verify_source
+from pgp_lightning.data.writing import write_source
+from pgp_lightning.errors import DataError
 
 
 def test_records_come_back_in_any_order(tmp_path: Path) -> None:
@@ -43,61 +27,6 @@ def test_records_come_back_in_any_order(tmp_path: Path) -> None:
         key, image, _, record = builder[number]
         assert (raw.key, raw.image, json.loads(raw.text or b"")) == (key, image, record)
         assert len(reader._tables) == 1
-
-
-def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="lights out"):
-        write_source(tmp_path / "a", FailingBuilder("a", 10), 2, progress=False)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_loser_of_a_race_uses_the_winners_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = Barrier(2)  # both have written everything before either renames
-    original = shards._write_shards
-
-    def together(*args: Any) -> list[dict[str, Any]]:
-        entries = original(*args)
-        start.wait(timeout=30)
-        return entries
-
-    monkeypatch.setattr(shards, "_write_shards", together)
-    with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(write_source, tmp_path / "a", PictureBuilder("a", 5), 2, False) for _ in range(2)]
-        first, second = (job.result() for job in jobs)
-    assert first == second == verify_source(tmp_path / "a")
-    assert [file.name for file in tmp_path.iterdir()] == ["a"]
-
-
-def test_folders_that_hold_something_else_are_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "thesis.tex").write_text("precious")
-    with pytest.raises(ConfigError, match=r"exists but has no index\.json"):
-        write_source(tmp_path / "a", PictureBuilder("a", 5), progress=False)
-    assert contents(tmp_path / "a") == {"thesis.tex": b"precious"}
-    (tmp_path / "b").mkdir()
-    assert write_source(tmp_path / "b", PictureBuilder("b", 5), progress=False).samples == 5
-
-
-class OddBuilder(PictureBuilder):
-    """Makes the same key and extension for every record."""
-
-    key, extension = "same", "png"
-
-    def __getitem__(self, index: int) -> tuple[str, bytes, str, dict[str, Any]]:
-        return self.key, b"", self.extension, {}
-
-
-@pytest.mark.parametrize(
-    ("key", "extension"), [("same", "png"), ("a.b", "png"), ("../a", "png"), ("", "png"), ("a", "gif")]
-)
-def test_keys_and_extensions_that_cannot_be_read_back(tmp_path: Path, key: str, extension: str) -> None:
-    builder = OddBuilder("a", 2)
-    object.__setattr__(builder, "key", key)
-    object.__setattr__(builder, "extension", extension)
-    with pytest.raises(ConfigError, match=r"record [01]: expected"):
-        write_source(tmp_path / "a", builder, progress=False)
-    with pytest.raises(ConfigError, match="cannot write 0 records"):
-        write_source(tmp_path / "b", PictureBuilder("b", 0), progress=False)
 
 
 def test_damage_is_found(tmp_path: Path) -> None:
@@ -157,14 +86,3 @@ def test_a_shard_cut_inside_its_last_member_with_a_matching_index(tmp_path: Path
     shard.path.write_bytes(data)
     with pytest.raises(DataError, match="cannot be read as a plain tar"):
         ShardReader(1).read(Shard(shard.path, 1, len(data), ""), 0)
-
-
-def test_index_lists_what_was_written(tmp_path: Path) -> None:
-    index = write_source(tmp_path / "a", PictureBuilder("a", 5), 2, progress=False)
-    assert Index.load(tmp_path / "a") == index
-    assert [(shard.path.name, shard.samples) for shard in index.shards] == [
-        ("a-00000.tar", 2),
-        ("a-00001.tar", 2),
-        ("a-00002.tar", 1),
-    ]
-    assert index.builder == {"name": "a", "size": 5, "broken": []}

@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from pgp_lightning.data.shards import write_source
+from pgp_lightning.data.writing import write_source
 from pgp_lightning.embedded.records import EmbeddedRecords
 from pgp_lightning.evaluation.benchmark import Benchmark
 from pgp_lightning.guides.base import Guide

@@ -13,7 +13,7 @@ import torch
 import pgp_lightning
 from pgp_lightning.data.collate import Batch, Item, collate
 from pgp_lightning.data.conversation import ConversationReader
-from pgp_lightning.data.shards import RawRecord
+from pgp_lightning.data.records import RawRecord
 from pgp_lightning.embedded.records import EmbeddedRecords
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.guides.posterior import PosteriorGuide

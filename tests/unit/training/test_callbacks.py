@@ -353,6 +353,12 @@ def test_differences_names_what_matters_and_nothing_else() -> None:
     new["data"]["init_args"]["workers"], new["ckpt_path"] = 8, "x"
     new["model"]["init_args"]["option_of_a_newer_version"] = None
     assert differences(old, new) == []
+    new["data"]["init_args"] |= {"cache": "x", "cache_gib": 3.0, "allow_pipe": True}
+    new["data"]["init_args"] |= {"mixing": "random", "group_batches": 1}  # as it was before these could be chosen
+    assert differences(old, new) == differences(new, old) == []
+    new["data"]["init_args"]["mixing"] = "even"
+    assert differences(old, new) == ["data.mixing random -> even"]
+    del new["data"]["init_args"]["mixing"]
     read_from_yaml = config()
     read_from_yaml["model"]["init_args"]["lr"] = "1e-05"
     assert differences(old, read_from_yaml) == []

@@ -1,0 +1,237 @@
+r"""Instruction data as InternVL and LLaVA publish it, made into records: `build:` of the public mixtures.
+
+An annotation file has one record a line (`.jsonl`), or is one list of them (LLaVA's `.json`):
+
+    {"id": 17, "image": "coco/train2017/000000000009.jpg",
+     "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]}
+
+`user` and `assistant` may stand for `human` and `gpt`; a system turn may come first. A record with `question` and
+`answer` in place of `conversations`, as visual chains of thought have it, is one turn.
+
+Records are kept whole or left out, under these reasons:
+
+- `bad-encoding`, `bad-json`, `record-too-large`: the line is not UTF-8, no JSON object, or longer than 4 MiB;
+- `no-conversation`: there are no turns;
+- `bad-turns`: they do not alternate human, gpt, ..., gpt, or are no turns;
+- `empty-question`, `empty-answer`: a turn lacks its text;
+- `bad-text`: a text holds a placeholder of images, apart from one `<image>` in the first question;
+- `bad-boxes`: boxes that are none;
+- `text-only`, `several-images`, `video`: there is not exactly one image;
+- `unsafe-path`, `missing-image`, `image-too-large`, `bad-image`: it cannot be had, see `image_files.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pgp_lightning.data.annotations import Annotations
+from pgp_lightning.data.image_files import ImageFolder, Picture, check_picture
+from pgp_lightning.data.records import UnusableRecord
+from pgp_lightning.errors import ConfigError
+
+__all__ = ["InstructionRecords"]
+
+BoxFormat = Literal["pixels", "thousandths", "fractions"]
+
+_FORMAT = 1  # part of the identity: raise it when the same annotations make other records
+_IMAGE = "<image>"
+_PLACEHOLDERS = (_IMAGE, "<IMG_CONTEXT>", "<img>", "</img>")
+_ROLES = {"human": "question", "user": "question", "gpt": "answer", "assistant": "answer"}
+_BOX_KEYS = ("boxes", "bboxes", "bboxs", "bbox")
+
+
+class InstructionRecords:
+    """The single-image records of an annotation file.
+
+    The image is a field of a record, so `<image>` and the space around it is taken out of the question. Boxes of a
+    record or of a turn (`boxes`, `bboxes`, `bboxs` or `bbox`: one [x1, y1, x2, y2] or a list of them) are kept as
+    `boxes`, in fractions of the image.
+
+    Args:
+        annotations: a `.jsonl` or `.json` file.
+        images: the folder that the records' image paths are relative to; no path may leave it.
+        linked: folders outside `images` to which symbolic links in it may lead.
+        boxes: what the coordinates count: pixels (of the record's own `width` and `height`, where it has them),
+            thousandths, or fractions of the image.
+        max_pixels: largest image that is taken.
+
+    Raises:
+        ConfigError: if `boxes` or `max_pixels` is none of these.
+    """
+
+    def __init__(
+        self,
+        annotations: str,
+        images: str,
+        linked: list[str] | None = None,
+        boxes: BoxFormat = "pixels",
+        max_pixels: int = 64_000_000,
+    ) -> None:
+        if boxes not in get_args(BoxFormat):
+            raise ConfigError(f"boxes must be one of {', '.join(get_args(BoxFormat))}, got {boxes!r}")
+        if max_pixels < 1:
+            raise ConfigError(f"max_pixels must be at least 1, got {max_pixels}")
+        self.annotations, self.images, self.linked = annotations, images, list(linked or ())
+        self.boxes, self.max_pixels = boxes, max_pixels
+        # A key is made of file and position: ids are missing, repeated, or no names of files.
+        self._stem = re.sub(r"[^A-Za-z0-9_-]", "-", Path(annotations).stem)[:60]
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def identity(self) -> dict[str, Any]:
+        """Return all that the records depend on, but for the images' contents.
+
+        Raises:
+            FileNotFoundError: if the annotations or the folder of the images are not there.
+        """
+        if not Path(self.images).is_dir():
+            raise FileNotFoundError(f"{self.images} does not exist, or is no folder: give the folder of the images")
+        settings = {key: value for key, value in vars(self).items() if key in _SETTINGS}
+        return {"format": _FORMAT, "sha256": self._lines.sha256, **settings}
+
+    def __getitem__(self, index: int) -> tuple[str, bytes, str, dict[str, Any]]:
+        """Return key, image, extension and record.
+
+        Raises:
+            UnusableRecord: if it cannot be used, with the reason.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        key = f"{self._stem}-{index:08d}"
+        try:
+            source = self._lines.read(index)
+            record: dict[str, Any] = _conversation(source)
+            picture = check_picture(self._images.read(_image_path(source)), self.max_pixels)
+            self._place_boxes(source, record, picture)
+        except UnusableRecord as error:
+            raise UnusableRecord(error.reason, error.detail, key) from error
+        record |= {"width": picture.width, "height": picture.height}
+        if isinstance(source.get("id"), str | int):
+            record["id"] = str(source["id"])
+        if picture.reencoded:
+            record["reencoded"] = picture.reencoded
+        return key, picture.data, picture.extension, record
+
+    @cached_property
+    def _lines(self) -> Annotations:
+        return Annotations.scan(Path(self.annotations))
+
+    @cached_property
+    def _images(self) -> ImageFolder:
+        return ImageFolder(Path(self.images), tuple(Path(folder) for folder in self.linked))
+
+    def _place_boxes(self, source: dict[str, Any], record: dict[str, Any], picture: Picture) -> None:
+        """Put the boxes of a source record and of its turns, in fractions, into ours."""
+        frame: tuple[float, float] = {"fractions": (1.0, 1.0), "thousandths": (1000.0, 1000.0)}.get(
+            self.boxes, _stated_size(source) or (picture.width, picture.height)
+        )
+        questions = [entry for entry in source.get("conversations") or () if _ROLES.get(entry["from"]) == "question"]
+        answers = [entry for entry in source.get("conversations") or () if _ROLES.get(entry["from"]) == "answer"]
+        pairs = zip(record["turns"], questions, answers, strict=True) if questions else ()
+        for turn, *entries in pairs:
+            if boxes := [box for entry in entries for box in _boxes(entry, frame)]:
+                turn["boxes"] = boxes
+        if boxes := _boxes(source, frame):
+            record["boxes"] = boxes
+
+
+_SETTINGS = ("annotations", "images", "linked", "boxes", "max_pixels")
+
+
+def _conversation(source: dict[str, Any]) -> dict[str, Any]:
+    """Return the turns of a record, and the system prompt if there is one."""
+    entries = source.get("conversations")
+    if entries is None and {"question", "answer"} <= source.keys():
+        return {"turns": [_turn(0, source["question"], source["answer"])]}
+    if not isinstance(entries, list) or not entries:
+        raise UnusableRecord("no-conversation", f"expected a list of turns, got {entries!r:.80}")
+    if not all(isinstance(entry, dict) and isinstance(entry.get("from"), str) for entry in entries):
+        raise UnusableRecord("bad-turns", "expected turns with `from` and `value`")
+    record: dict[str, Any] = {}
+    if entries[0]["from"] == "system":
+        record["system"] = _text("system prompt", entries[0].get("value") or "")
+        entries = entries[1:]
+    roles = [_ROLES.get(entry["from"]) for entry in entries]
+    if not entries or roles != ["question", "answer"] * (len(roles) // 2):
+        said = ", ".join(entry["from"] for entry in entries)
+        raise UnusableRecord("bad-turns", f"expected human, gpt, ..., human, gpt, got {said:.80}")
+    values = [entry.get("value") for entry in entries]
+    record["turns"] = [_turn(number // 2, *values[number : number + 2]) for number in range(0, len(values), 2)]
+    return record
+
+
+def _turn(number: int, question: object, answer: object) -> dict[str, Any]:
+    """Check one turn; only the first question may name the image, once."""
+    if number == 0 and isinstance(question, str) and question.count(_IMAGE) == 1:
+        question = question.replace(_IMAGE, "").strip()
+    for name, text in (("question", question), ("answer", answer)):
+        if not isinstance(text, str) or not text.strip():
+            raise UnusableRecord(f"empty-{name}", f"turn {number}: expected a text, got {text!r:.80}")
+        _text(f"{name} of turn {number}", text)
+    return {"question": question, "answer": answer}
+
+
+def _text(what: str, text: object) -> str:
+    """Return a text that a model can be given."""
+    if not isinstance(text, str):
+        raise UnusableRecord("bad-turns", f"the {what} is no text")
+    if found := next((mark for mark in _PLACEHOLDERS if mark in text), None):
+        raise UnusableRecord("bad-text", f"the {what} holds {found!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UnusableRecord("bad-encoding", f"the {what} holds half a surrogate pair") from error
+    return text
+
+
+def _image_path(source: dict[str, Any]) -> str:
+    """Return the path of a record's one image."""
+    if source.get("video"):
+        raise UnusableRecord("video", f"{source['video']!r:.80}")
+    image = source.get("image")
+    if isinstance(image, list) and len(image) > 1:
+        raise UnusableRecord("several-images", f"{len(image)} images")
+    if isinstance(image, list):
+        image = image[0] if image else None
+    if image is None or image == "":
+        raise UnusableRecord("text-only", "there is no image")
+    if not isinstance(image, str):
+        raise UnusableRecord("missing-image", f"expected a path, got {image!r:.80}")
+    return image
+
+
+def _stated_size(source: dict[str, Any]) -> tuple[float, float] | None:
+    """Return the width and height that a record states."""
+    size = [source.get("width"), source.get("height")]
+    if all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in size):
+        return float(size[0]), float(size[1])  # type: ignore[arg-type]
+    return None
+
+
+def _boxes(entry: dict[str, Any], frame: tuple[float, float]) -> list[list[float]]:
+    """Return the boxes under whichever key has them, as fractions cut to the image."""
+    found: object = next((entry[key] for key in _BOX_KEYS if entry.get(key)), [])
+    values = found if isinstance(found, list) and all(isinstance(box, list) for box in found) else [found]
+    return [_box(value, frame) for value in values]
+
+
+def _box(value: object, frame: tuple[float, float]) -> list[float]:
+    """Return one box as fractions."""
+    if (
+        not isinstance(value, list)
+        or len(value) != 4
+        or not all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in value)
+    ):
+        raise UnusableRecord("bad-boxes", f"expected [x1, y1, x2, y2], got {value!r:.80}")
+    width, height = frame
+    left, top, right, bottom = (
+        round(min(max(x / side, 0.0), 1.0), 6) for x, side in zip(value, (width, height) * 2, strict=True)
+    )
+    if left >= right or top >= bottom:
+        raise UnusableRecord("bad-boxes", f"expected x1 < x2 and y1 < y2 inside the image, got {value!r:.80}")
+    return [left, top, right, bottom]

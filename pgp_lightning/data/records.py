@@ -1,0 +1,61 @@
+"""A record before it is a conversation: as a builder makes it, as a shard holds it, and why it may be unusable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from pgp_lightning.errors import DataError
+
+__all__ = ["IMAGE_EXTENSIONS", "MAX_MEMBER_BYTES", "RawRecord", "SampleBuilder", "UnusableRecord"]
+
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+MAX_MEMBER_BYTES = 64 << 20
+
+
+class UnusableRecord(DataError):
+    """A record that cannot be used.
+
+    Args:
+        reason: a short stable slug.
+        detail: what was found, for people.
+        key: the record's key, where it is known.
+    """
+
+    def __init__(self, reason: str, detail: str, key: str = "") -> None:
+        super().__init__(reason, detail, key)
+        self.reason, self.detail, self.key = reason, detail, key
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+@runtime_checkable
+class SampleBuilder(Protocol):
+    """What makes the records of a source; named by a manifest's `build:`, picklable when several processes write."""
+
+    def __len__(self) -> int:
+        """Return the number of records, those that turn out to be unusable included."""
+
+    def __getitem__(self, index: int) -> tuple[str, bytes, str, dict[str, Any]]:
+        """Return key, encoded image, the image's extension, and the record; a pure function of the index.
+
+        Raises:
+            UnusableRecord: if there is no such thing; the record is then left out and counted.
+        """
+
+    def identity(self) -> dict[str, Any]:
+        """Return, as JSON values, all that the records depend on.
+
+        Raises:
+            FileNotFoundError: if what they are made of is not on this machine; finished shards are then taken as found.
+        """
+
+
+@dataclass(frozen=True)
+class RawRecord:
+    """A record as it lies in a shard; None stands for a member that is not there."""
+
+    key: str
+    image: bytes | None
+    text: bytes | None
