@@ -163,7 +163,13 @@ def test_every_row_of_the_ablation_differs_from_its_reference_in_what_it_names(
         "callbacks.BetaAnnealing.end 0.5 -> 0.2",
         "callbacks.BetaAnnealing.start 0.2 -> 0.5",
     ]
-    assert len(changed["exp_gate"]) == 2 and len(changed["unaware_question_blind"]) == 3
+    assert len(changed["exp_gate"]) == 2 and len(changed["unaware"]) == 2
+    assert changed["beta_1.5"] == [
+        "callbacks.BetaAnnealing.end 0.5 -> 1.5",
+        "callbacks.BetaAnnealing.start 0.2 -> 1.5",
+        "callbacks.BetaAnnealing.warmup_fraction 0.2 -> 0",
+    ]
+    assert changed["unaware_question_blind_half"] == ["model.question_blind 0.0 -> 0.5"]
     assert all(len(found) <= 3 for found in changed.values())
 
 

@@ -86,8 +86,9 @@ def verdict(interaction: float, recalls: Recalls) -> tuple[bool, list[str]]:
         return True, [f"The visual states carry the question: {reason}."]
     return False, [
         f"The visual states do not carry the question: {reason}.",
-        "PGP would learn which tokens show some object, whatever is asked. Train the guide with question-blind "
-        "reconstruction (model.question_blind), or take another guide; docs/reproduction.md has what was measured.",
+        "PGP would learn which tokens show some object, whatever is asked. Take another guide, or train this one first "
+        "to answer where only its visual tokens see the question (docs/embedded.md). PGP's own question-blind "
+        "reconstruction (model.question_blind) did not bring it about (docs/reproduction.md).",
     ]
 
 

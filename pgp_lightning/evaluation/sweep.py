@@ -8,13 +8,11 @@ is finished is not done again, so a sweep that was stopped goes on.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
-import subprocess
+import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -24,27 +22,30 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 
 from pgp_lightning.data.module import InstructionData
 from pgp_lightning.embedded.object_map import ObjectMap
-from pgp_lightning.errors import ConfigError
+from pgp_lightning.errors import ConfigError, DataError
 from pgp_lightning.evaluation.benchmark import Benchmark
 from pgp_lightning.evaluation.divergence import guide_figures
-from pgp_lightning.evaluation.sweep_report import Run, learning_curve, write_tables
+from pgp_lightning.evaluation.resume import finished_rows, read_json
+from pgp_lightning.evaluation.sweep_progress import sweep_bars
+from pgp_lightning.evaluation.sweep_report import write_tables
+from pgp_lightning.evaluation.sweep_run import Run, Trainings, file_lock, is_trained, learning_curve
 from pgp_lightning.guides.posterior import PosteriorGuide
 from pgp_lightning.guides.simple import AnotherQuestion
 from pgp_lightning.prefill import Pruner
 from pgp_lightning.pruners.guided import Guided
 from pgp_lightning.training.command_line import quieten, reason_of, terse
 from pgp_lightning.training.export import export_guide
-from pgp_lightning.training.run import RECORD, checkpoints, read_checkpoint
+from pgp_lightning.training.run import checkpoints
 from pgp_lightning.vlm.request import Request
 
 __all__ = ["Sweep", "SweepRow", "sweep"]
 
-_STEP = re.compile(r"\bstep (\d+)/(\d+)")
+ANSWERS = "answers"  # folder of what the answer model said, in the sweep's
+OTHER = "_another_question"
 
 
 @dataclass(frozen=True)
@@ -94,16 +95,22 @@ class Sweep:
     ) -> None:
         self.folder, self.base, self.output, self.rows = folder, base, output, rows
         self.benchmark, self.reference, self.every_row = benchmark, reference, every_row
-        self.figures_images = figures_images
+        self.figures_images, self.keep_ratios = figures_images, benchmark.keep_ratios
         self.controls = dict(benchmark.pruners)
-        self._training: set[subprocess.Popen[bytes]] = set()
+        if not rows or figures_images < 1:
+            raise ConfigError(f"expected rows and at least one of figures_images, got {len(rows)} and {figures_images}")
         for name, row in rows.items():
-            if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or name in benchmark.pruners:
-                raise ConfigError(f"a row is called with letters, digits, _, . and -, and not like a control: {name!r}")
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name == ANSWERS:
+                raise ConfigError(f"a row's name is of letters, digits, _, . and -, and not {ANSWERS!r}, got {name!r}")
             if not row.seeds or len(set(row.seeds)) < len(row.seeds) or min(row.seeds) < 0:
                 raise ConfigError(f"row {name}: expected different seeds of at least 0, got {list(row.seeds)}")
-            if self.reference_of(name) not in rows:
-                raise ConfigError(f"row {name}: its reference {self.reference_of(name)!r} is no row")
+            if (reference := self.reference_of(name)) not in rows:
+                raise ConfigError(f"row {name}: its reference {reference!r} is no row")
+            if lacking := set(row.seeds) - set(rows[reference].seeds):
+                raise ConfigError(f"row {name}: its reference {reference!r} has no run of seeds {sorted(lacking)}")
+            for method in self._methods_of(name):
+                if method in self.controls:
+                    raise ConfigError(f"row {name}: a control is called {method!r}, like one of its runs")
         for config in {base, *(path for name in rows for path in self._configs(name))}:
             if not config.is_file():
                 raise ConfigError(f"{folder / 'sweep.yaml'} names {config}, which does not exist")
@@ -136,6 +143,11 @@ class Sweep:
             raise ConfigError(f"{file}: {reason_of(error)}") from error
         built.pop("config", None)
         return cls(**{**dict(built.items()), "folder": folder, "output": output or built.output})
+
+    def _methods_of(self, row: str) -> list[str]:
+        """Return the names under which a row's guides are asked."""
+        own = [f"{row}_seed{seed}" for seed in self.rows[row].seeds]
+        return own + [f"{name}{OTHER}" for name in own if self.rows[row].another_question]
 
     def reference_of(self, row: str) -> str:
         """Return the row that a row is compared with."""
@@ -171,69 +183,71 @@ class Sweep:
         words += ["--trainer.default_root_dir", str(run.folder)]
         for key in ("seed_everything", "model.init_args.seed", "data.init_args.seed"):
             words += [f"--{key}", str(run.seed)]
-        return words + (["--ckpt_path", "last"] if checkpoints(run.folder) else [])
+        found = checkpoints(run.folder)
+        if not found:
+            return words
+        # A kill may have come between a checkpoint and last.ckpt.
+        last = any(path.name == "last.ckpt" for path in found)
+        return [*words, "--ckpt_path", "last" if last else str(found[-1])]
 
-    def train(self, run: Run, threads: int) -> None:
-        """Train a run in a process of its own, unless it is trained.
+    def _train(self, run: Run, trainings: Trainings) -> None:
+        """Train a run, unless it is trained.
 
         Raises:
-            ConfigError: if the process fails; says where its output is.
+            ConfigError: if that fails, or the run was begun with other configurations.
         """
-        if run.guide.exists() or _is_trained(run.folder):
-            return
-        run.folder.mkdir(parents=True, exist_ok=True)
-        with run.log.open("a", encoding="utf-8") as log:
-            try:
-                # The child keeps the lock for as long as it lives, also when this process is killed.
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ConfigError(f"{run.name} failed: another process is training in {run.folder}") from error
-            process = subprocess.Popen(
-                [sys.executable, "-m", "pgp_lightning", *self.command(run)],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                # Processes side by side that each take all cores would wait for each other.
-                env={"OMP_NUM_THREADS": str(threads), **os.environ},
-            )
-            self._training.add(process)
-            code = process.wait()
-            self._training.discard(process)
-        if code:
-            raise ConfigError(f"{run.name} failed with exit code {code}: {_last_line(run.log)} ({run.log})")
+        run.check_sources(self._configs(run.row))
+        if not run.guide.exists() and not is_trained(run.folder):
+            trainings(run, self.command(run))
 
-    def score(self, runs: Sequence[Run], controls: Mapping[str, Pruner]) -> None:
-        """Export guides, ask the answer model what it makes of the tokens they keep, and look into them.
+    def _score(self, run: Run, controls: Mapping[str, Pruner]) -> None:
+        """Export a run's guide, ask the answer model what it makes of the tokens it keeps, and look into it.
 
         Not for several threads: transformers loads models with switches that belong to the process.
 
         Args:
-            runs: that are trained.
-            controls: to be asked beside them, if they have not been.
+            run: is trained.
+            controls: to be asked beside it.
 
         Raises:
-            ConfigError: if the folder holds answers of another guide of that name.
+            ConfigError: if there is no guide, or the folder holds answers of another guide of that name.
+            DataError: if too many records cannot be used.
         """
-        for run in runs:
-            if not run.guide.exists():
-                export_guide(run.folder, run.guide)
-        guides = {run: PosteriorGuide.from_pretrained(str(run.guide)) for run in runs}
-        methods: dict[str, Pruner] = {run.name: Guided(guide) for run, guide in guides.items()}
-        for run, guide in guides.items():
-            if self.rows[run.row].another_question:
-                methods[f"{run.name}_another_question"] = Guided(AnotherQuestion(guide))
+        if not run.guide.exists():
+            export_guide(run.folder, run.guide)
+        answers = self.output / ANSWERS
+        finished = set(finished_rows(answers)[0]) if answers.is_dir() else set()
+        other = [f"{run.name}{OTHER}"] if self.rows[run.row].another_question else []
+        asked = {f"{name}@{100 * ratio:g}" for name in (run.name, *other, *controls) for ratio in self.keep_ratios}
+        if asked <= finished and self._looked_into(run):
+            return
+        guide = PosteriorGuide.from_pretrained(str(run.guide))
+        methods: dict[str, Pruner] = {run.name: Guided(guide)}
+        methods |= {name: Guided(AnotherQuestion(guide)) for name in other}
         self.benchmark.pruners = {**controls, **methods}
-        self.benchmark.run(self.output / "answers")
-        for run, guide in guides.items():
-            if not run.figures.is_file():
-                self._look_into(run, guide)
+        self.benchmark.run(answers)
+        self._look_into(run, guide)
+
+    def _measured_on(self) -> dict[str, Any]:
+        """Return what the figures of guides are measured on."""
+        scored = self.benchmark
+        return {"manifest": scored.manifest, "split": scored.split, "images": self.figures_images}
+
+    def _looked_into(self, run: Run) -> bool:
+        return bool(run.figures.is_file() and read_json(run.figures).get("measured_on") == self._measured_on())
 
     def _look_into(self, run: Run, guide: PosteriorGuide) -> None:
-        """Write what a run's guide does and how it learned that."""
+        """Write what a run's guide does and how it learned that, unless that is written."""
+        if self._looked_into(run):
+            return
         scored, base = self.benchmark, guide.arguments["base"]
-        data = InstructionData(scored.manifest, base, val_batch_size=8, turns="all", root=scored.root)
-        figures = guide_figures(guide, data.sample(scored.split, self.figures_images), self._objects())
+        data = InstructionData(
+            scored.manifest, base, val_batch_size=8, turns="all", root=scored.root, max_tiles=scored.data.max_tiles
+        )
+        found = guide_figures(guide, data.sample(scored.split, self.figures_images), self._objects())
+        written = {"measured_on": self._measured_on(), **found, **learning_curve(run.folder)}
         part = run.figures.with_suffix(".part")
-        part.write_text(json.dumps({**figures, **learning_curve(run.folder)}, indent=2) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         part.replace(run.figures)
 
     def _objects(self) -> Callable[[Request], Tensor] | None:
@@ -258,57 +272,50 @@ class Sweep:
         if jobs < 1:
             raise ConfigError(f"jobs must be at least 1, got {jobs}")
         runs, failed = self.runs(rows, seeds), list[str]()
+        controls = {} if rows else self.controls
         self.output.mkdir(parents=True, exist_ok=True)
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        with self._threads(jobs) as pool, _bars(len(runs)) as bars:
-            waiting = {pool.submit(self.train, run, threads): run for run in runs}
+        trainings = Trainings(max(1, _cores() // jobs))
+        with _waiting_threads(jobs, trainings) as pool, sweep_bars(len(runs)) as bars:
+            waiting = {pool.submit(self._train, run, trainings): run for run in runs}
             while waiting:
                 done, _ = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
                 bars.show([run for future, run in waiting.items() if future.running()])
-                trained = list[Run]()
                 for future in sorted(done, key=lambda one: runs.index(waiting[one])):
-                    run = waiting.pop(future)
+                    run, how = waiting.pop(future), "finished"
                     try:
                         future.result()
-                        trained.append(run)
-                    except ConfigError as error:
-                        failed.append(" ".join(str(error).split()))
-                        bars.finish(run, "failed")
-                if trained:
-                    self.score(trained, {} if rows else self.controls)
-                    self.tabulate()
-                for run in trained:
-                    bars.finish(run, "finished")
+                        with file_lock(self.output / ".lock", wait=True):  # of two sweeps one scores at a time
+                            self._score(run, controls)
+                            self.tabulate()
+                    except (ConfigError, DataError) as error:
+                        how = "failed"
+                        failed.append(f"{run.name} failed: {' '.join(str(error).split())}")
+                    bars.finish(run, how)
         return failed
-
-    @contextmanager
-    def _threads(self, jobs: int) -> Iterator[ThreadPoolExecutor]:
-        """Yield threads that wait for training processes; these end when the sweep is interrupted."""
-        with ThreadPoolExecutor(jobs) as pool:
-            try:
-                yield pool
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in list(self._training):
-                    process.terminate()
-                raise
 
     def tabulate(self) -> None:
         """Write the tables and plots of all finished runs."""
         finished = [run for run in self.runs() if run.figures.is_file()]
         if finished:
-            write_tables(self.output, finished, self.reference_of, list(self.controls))
+            write_tables(self.output, self.output / ANSWERS, finished, self.reference_of, list(self.controls))
 
 
 def sweep(folder: Path, output: Path | None, rows: Sequence[str], seeds: Sequence[int], jobs: int) -> int:
-    """Run the command and return its exit code: 1 if a run failed.
+    """Run the command and return its exit code: 1 if a run failed, 130 if it was interrupted.
 
     Raises:
         ConfigError: if the sweep cannot work.
     """
     quieten()
     planned = Sweep.load(folder, output)
-    failed = planned(rows, seeds, jobs)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        failed = planned(rows, seeds, jobs)
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; the same command goes on\n")
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     table = planned.output / "sweep.md"
     if table.is_file():
         sys.stdout.write(table.read_text(encoding="utf-8") + f"\ntables and plots: {planned.output}\n")
@@ -317,61 +324,18 @@ def sweep(folder: Path, output: Path | None, rows: Sequence[str], seeds: Sequenc
     return 1 if failed else 0
 
 
-class _Bars:
-    """How far the sweep and each run of it are: bars on a terminal, a line a finished run elsewhere."""
-
-    def __init__(self, progress: Progress, runs: int) -> None:
-        self.progress, self.runs, self.done, self.began = progress, runs, 0, time.perf_counter()
-        self.whole = progress.add_task("sweep", total=runs)
-        self.tasks: dict[str, Any] = {}
-
-    def show(self, running: Sequence[Run]) -> None:
-        """Show the steps of the runs that are being trained."""
-        for run in running if not self.progress.disable else ():
-            if run.name not in self.tasks:
-                self.tasks[run.name] = self.progress.add_task(run.name, total=None)
-            step, total = _steps(run.log)
-            self.progress.update(self.tasks[run.name], completed=step, total=total)
-
-    def finish(self, run: Run, how: str) -> None:
-        """Count a run that is over."""
-        self.done += 1
-        self.progress.advance(self.whole)
-        if run.name in self.tasks:
-            self.progress.remove_task(self.tasks.pop(run.name))
-        if self.progress.disable:
-            minutes = (time.perf_counter() - self.began) / 60
-            print(f"{self.done}/{self.runs}  {run.name} {how}, {minutes:.1f} min", flush=True)
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
-def _bars(runs: int) -> Iterator[_Bars]:
-    """Show progress for as long as a sweep takes."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, disable=not sys.stdout.isatty()) as progress:
-        yield _Bars(progress, runs)
-
-
-def _is_trained(folder: Path) -> bool:
-    """Return whether a run's last checkpoint is that of its last optimiser step."""
-    last = folder / "checkpoints" / "last.ckpt"
-    if not last.is_file():
-        return False
-    found = read_checkpoint(last)
-    return bool(found["global_step"] >= found[RECORD]["config"]["trainer"]["max_steps"])
-
-
-def _steps(log: Path) -> tuple[int, int | None]:
-    """Return the optimiser step that a log has reached, and the last one."""
-    if not log.is_file():
-        return 0, None
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 4096))
-        found = _STEP.findall(file.read().decode(errors="replace"))
-    return (int(found[-1][0]), int(found[-1][1])) if found else (0, None)
-
-
-def _last_line(log: Path) -> str:
-    """Return the last line of a log that says something."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+def _waiting_threads(jobs: int, trainings: Trainings) -> Iterator[ThreadPoolExecutor]:
+    """Yield threads that wait for training processes; these end when the sweep is interrupted."""
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            trainings.stop()
+            raise

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
-    EventAccumulator,
-)
 
-from pgp_lightning.errors import DataError
 from pgp_lightning.evaluation import text
 from pgp_lightning.evaluation.curve import Chart, Line, Point, draw_chart
 from pgp_lightning.evaluation.resume import finished_rows
@@ -26,67 +22,10 @@ from pgp_lightning.evaluation.scoring import (
     mean_recall,
     paired_bootstrap,
 )
+from pgp_lightning.evaluation.sweep_run import Run
 from pgp_lightning.training.run import differences
 
-__all__ = ["Run", "learning_curve", "write_tables"]
-
-CURVE = "val/recall@5"
-NEARLY = 0.9  # of the last value: a run has learned most of it there
-
-
-class Run(NamedTuple):
-    """One seed of a row, and its folder."""
-
-    row: str
-    seed: int
-    folder: Path
-
-    @property
-    def name(self) -> str:
-        """What its answers are called."""
-        return f"{self.row}_seed{self.seed}"
-
-    @property
-    def guide(self) -> Path:
-        """The exported guide; there when the run is trained."""
-        return self.folder / "guide"
-
-    @property
-    def figures(self) -> Path:
-        """What was found out about the guide; there when the run is scored."""
-        return self.folder / "figures.json"
-
-    @property
-    def log(self) -> Path:
-        """The output of the training process."""
-        return self.folder / "fit.log"
-
-
-def learning_curve(folder: Path) -> dict[str, Any]:
-    """Read a run's events: its validation curve, how soon it was nearly there, beta at both ends, and its time.
-
-    Returns:
-        `curve`, pairs of optimiser steps and recall at 5 %; `steps_to_90`, the first of these steps at which recall
-        is 90 % of the last value; `beta`, its first and last logged value; `minutes` from the first event to the last.
-
-    Raises:
-        DataError: if the run has no validation with known relevant tokens.
-    """
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    tags = events.Tags()["scalars"]
-    if CURVE not in tags:
-        raise DataError(f"the events in {folder} have no {CURVE}: validate on data that says which tokens are relevant")
-    # Lightning numbers the n-th optimiser step n - 1.
-    curve = [(scalar.step + 1, scalar.value) for scalar in events.Scalars(CURVE)]
-    betas = [scalar.value for scalar in events.Scalars("train/beta")] if "train/beta" in tags else []
-    times = [scalar.wall_time for tag in tags for scalar in events.Scalars(tag)]
-    return {
-        "curve": curve,
-        "steps_to_90": next(step for step, value in curve if value >= NEARLY * curve[-1][1]),
-        "beta": [betas[0], betas[-1]] if betas else None,
-        "minutes": (max(times) - min(times)) / 60,
-    }
+__all__ = ["write_tables"]
 
 
 class _Answers:
@@ -117,22 +56,24 @@ def _mean(columns: Sequence[Sequence[float]]) -> list[float]:
 
 
 def write_tables(
-    output: Path, runs: Sequence[Run], reference_of: Callable[[str], str], controls: Sequence[str]
+    output: Path, folder: Path, runs: Sequence[Run], reference_of: Callable[[str], str], controls: Sequence[str]
 ) -> None:
     """Write sweep.md, sweep.json, and the plots: learning curves by reference, and recall against beta.
 
     Args:
-        output: the sweep's folder; answers are in `answers`.
-        runs: that are finished.
+        output: the sweep's folder.
+        folder: the one with the answers.
+        runs: that were looked into; those whose answers are not complete are left out.
         reference_of: the row that a row is compared with.
         controls: rows that are no runs.
     """
-    answers = _Answers(output / "answers")
+    answers = _Answers(folder)
+    runs = [run for run in runs if _is_complete(answers, run.name)]
     figures = {run.name: json.loads(run.figures.read_text(encoding="utf-8")) for run in runs}
     order = list(dict.fromkeys(run.row for run in runs))
     runs = sorted(runs, key=lambda run: (order.index(run.row), run.seed))
-    names = [name for name in dict.fromkeys(family(name) for name in answers.rows)]
-    others = [name for name in names if name not in figures]
+    complete = [name for name in answers.rows if "@" not in name or _is_complete(answers, family(name))]
+    others = [name for name in dict.fromkeys(map(family, complete)) if name not in figures]
     rest = sorted(others, key=lambda name: (name not in ("full", "oracle"), name in controls))
     samples = next(iter(answers.rows.values()))
     parts = [
@@ -140,19 +81,33 @@ def write_tables(
         "model and recall of the relevant tokens in per cent, by the share of visual tokens kept; intervals are 95 %, "
         "over records.",
         text.markdown_table(_reached(answers, [run.name for run in runs] + rest)),
-        "Minus the reference of the same seed, in points, paired by question; `mean` is over the seeds.",
+        "Minus the reference of the same seed, in points, paired by question; `mean` is over the seeds above it, its "
+        "interval over records and not over seeds. Empty where the reference's run is not finished.",
         text.markdown_table(_differences(answers, runs, reference_of), left=3),
-        "The guides: exact match from their latents with and without the question, divergence of a visual token, gate, "
-        "where the divergence lies in per cent of its sum, optimiser steps to 90 % of the last recall at 5 %, minutes.",
+        f"The guides, on the first {_images(figures)} records with all their questions: exact match from the latents "
+        "with the question and without (%), divergence of a visual token (nats, mean over channels), gate, where the "
+        "divergence lies (% of its sum; `tokens` is how many are relevant), optimiser steps to 90 % of the last recall "
+        "at 5 % on validation.",
         text.markdown_table(_guides(runs, figures)),
     ]
     (output / "sweep.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     (output / "sweep.json").write_text(json.dumps(text.as_json(figures), indent=2) + "\n", encoding="utf-8")
     for reference in dict.fromkeys(reference_of(run.row) for run in runs):
         chosen = [run for run in runs if reference_of(run.row) == reference or run.row == reference]
-        (output / f"curves_{reference}.svg").write_text(_curves(chosen, figures, reference), encoding="utf-8")
+        if chart := _curves(chosen, figures, reference):
+            (output / f"curves_{reference}.svg").write_text(chart, encoding="utf-8")
     if len(points := _constant_beta(runs, figures, reference_of)) > 1:
         (output / "beta.svg").write_text(_beta_chart(points, answers), encoding="utf-8")
+
+
+def _is_complete(answers: _Answers, name: str) -> bool:
+    return all(f"{name}@{budget}" in answers.rows for budget in answers.budgets)
+
+
+def _images(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return on how many records figures were measured."""
+    counts = {found.get("measured_on", {}).get("images") for found in figures.values()}
+    return " or ".join(sorted(map(str, counts)))
 
 
 def _reached(answers: _Answers, names: Sequence[str]) -> list[list[str]]:
@@ -172,15 +127,18 @@ def _differences(answers: _Answers, runs: Sequence[Run], reference_of: Callable[
     table = [["row", "against", "seed", *head]]
     for row in dict.fromkeys(run.row for run in runs):
         reference = reference_of(row)
-        seeds = [run.seed for run in runs if run.row == row and (reference, run.seed) in named]
-        if row == reference or not seeds:
+        if row == reference:
             continue
-        groups = {str(seed): [seed] for seed in seeds} | ({"mean": seeds} if len(seeds) > 1 else {})
+        seeds = [run.seed for run in runs if run.row == row]
+        paired = [seed for seed in seeds if (reference, seed) in named]
+        groups = {str(seed): [seed] if seed in paired else [] for seed in seeds}
+        if len(paired) > 1:
+            groups["mean"] = paired
         for label, members in groups.items():
             pairs = [(named[row, seed], named[reference, seed]) for seed in members]
-            found = [answers.minus(pairs, budget) for budget in answers.budgets]
+            found = [answers.minus(pairs, budget) for budget in answers.budgets if pairs]
             cells = [text.interval(value, signed=True) for column in zip(*found, strict=True) for value in column]
-            table.append([row, reference, label, *cells])
+            table.append([row, reference, label, *(cells or [""] * len(head))])
     return table
 
 
@@ -190,13 +148,14 @@ def _guides(runs: Sequence[Run], figures: dict[str, dict[str, Any]]) -> list[lis
         ("from Z alone", "accuracy_blind", text.percent),
         ("KL", "kl", text.number),
         ("gate", "gate", text.number),
+        ("tokens", "tokens/relevant", text.percent),
         ("KL on relevant", "mass/relevant", text.percent),
         ("on other objects", "mass/other_objects", text.percent),
         ("on neither", "mass/neither", text.percent),
+        ("on others", "mass/rest", text.percent),
         ("in the thumbnail", "mass/thumbnail", text.percent),
         ("in the last tenth", "mass/last_tenth", text.percent),
         ("steps to 90 %", "steps_to_90", text.number),
-        ("minutes", "minutes", text.number),
     )
     used = [column for column in columns if any(column[1] in found for found in figures.values())]
     table = [["row", *(name for name, _, _ in used)]]
@@ -204,7 +163,7 @@ def _guides(runs: Sequence[Run], figures: dict[str, dict[str, Any]]) -> list[lis
 
 
 def _curves(runs: Sequence[Run], figures: dict[str, dict[str, Any]], reference: str) -> str:
-    """Draw recall at 5 % over the steps, a line for each row: the mean over its seeds, and their range."""
+    """Draw recall at 5 % over the steps, a line for each row: the mean over its seeds, and their range; "" if none."""
     lines = []
     for row in dict.fromkeys(run.row for run in runs):
         curves = [dict(map(tuple, figures[run.name]["curve"])) for run in runs if run.row == row]
@@ -213,7 +172,9 @@ def _curves(runs: Sequence[Run], figures: dict[str, dict[str, Any]], reference: 
             values = [100 * curve[step] for curve in curves]
             low, high = (min(values), max(values)) if len(values) > 1 else (math.nan, math.nan)
             points.append(Point(step, sum(values) / len(values), low, high, f"{row}, step {step}"))
-        lines.append(Line(row, points, strong=row == reference))
+        lines += [Line(row, points, strong=row == reference)] if points else []
+    if not lines:
+        return ""
     return draw_chart(
         Chart(lines, "Recall of relevant tokens while training", "optimiser steps", "recall at 5 % on validation, %",
               note="Mean over seeds; bars are their range.")
@@ -223,12 +184,12 @@ def _curves(runs: Sequence[Run], figures: dict[str, dict[str, Any]], reference: 
 def _constant_beta(
     runs: Sequence[Run], figures: dict[str, dict[str, Any]], reference_of: Callable[[str], str]
 ) -> list[tuple[float, Run]]:
-    """Return the runs whose beta is constant and that differ from their reference in nothing else, and that beta."""
+    """Return the runs whose beta is constant, above 0, and all that tells them from their reference, and that beta."""
     configs = {(run.row, run.seed): yaml.safe_load((run.folder / "config.yaml").read_text("utf-8")) for run in runs}
     found = []
     for run in runs:
         beta, reference = figures[run.name]["beta"], configs.get((reference_of(run.row), run.seed))
-        if beta is None or reference is None or beta[0] != beta[1]:
+        if beta is None or reference is None or beta[0] != beta[1] or beta[0] <= 0:
             continue
         changed = differences(reference, configs[run.row, run.seed])
         if all(change.startswith("callbacks.BetaAnnealing") for change in changed):

@@ -52,7 +52,9 @@ def write_sweep(folder: Path, **rows: Any) -> Path:
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pgp_lightning.tools", "sweep", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    # Sums of floats depend on the number of threads, which --jobs shares out.
+    one = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, env=one)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,10 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         beta={"overlays": ["beta"]},
     )
     words = [sys.executable, "-m", "pgp_lightning.tools", "sweep", str(sweep), "--rows", "default", "--seeds", "0"]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0)
+    one = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0, env=one
+    )
     log, deadline = folder / "out" / "default" / "seed0" / "fit.log", time.monotonic() + 200
     while not list(log.parent.glob("checkpoints/last.ckpt")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[0].decode()
@@ -85,7 +90,7 @@ def test_every_run_is_trained_exported_and_scored(swept: tuple[Path, str]):
             (("default", 0), ("default", 1), ("faster", 0), ("faster", 1), ("beta", 0))}  # fmt: skip
     assert {str(path.parent.relative_to(out)).replace("/", "_") for path in out.glob("*/*/guide")} == runs
     answers = {path.stem for path in (out / "answers").glob("*.jsonl")}
-    rows = {*runs, "grid", "uniform", "random", "oracle", "default_seed0_another_question"}
+    rows = {*runs, "grid", "uniform", "random", "oracle", "default_seed0_another_question"}  # all, and the controls
     assert answers >= {"full", *(f"{name}@{budget}" for name in rows for budget in (5, 20))}
     assert all(f"{name} finished" in printed for name in runs) and "5/5" in printed
 
@@ -118,17 +123,26 @@ def test_what_is_finished_is_not_done_again(swept: tuple[Path, str]):
     done = run(out.parent / "sweep", "--rows", "faster", "--seeds", "1")
     assert done.returncode == 0 and table in done.stdout
     changed = {path.name for path, time_ in before.items() if path.stat().st_mtime_ns != time_}
-    assert changed <= {"sweep.json", "methods.json", "benchmark.json"}
+    assert changed <= {"sweep.json"}
+
+
+def test_a_run_is_not_taken_for_one_of_another_configuration(swept: tuple[Path, str]):
+    out, _ = swept
+    overlay = out.parent / "sweep" / "faster.yaml"
+    written = overlay.read_text()
+    overlay.write_text(f"# the same\n{written}")
+    assert run(out.parent / "sweep", "--rows", "faster", "--seeds", "0").returncode == 0
+    overlay.write_text(written.replace("0.002", "0.003"))
+    done = run(out.parent / "sweep", "--rows", "faster", "--seeds", "0")
+    overlay.write_text(written)
+    assert done.returncode == 1 and "faster_seed0 failed: " in done.stderr and "faster.yaml changed" in done.stderr
 
 
 def test_a_row_that_fails_does_not_stop_the_others(tmp_path: Path):
     sweep = write_sweep(tmp_path, broken={"overlays": ["broken"]}, default={"seeds": [0]})
     done = run(sweep, "--jobs", "1")
     assert done.returncode == 1
-    assert (
-        done.stderr.startswith("error: broken_seed0 failed with exit code 2: error: ")
-        and "learning_rate" in done.stderr
-    )
+    assert done.stderr.startswith("error: broken_seed0 failed: exit code 2: error: ") and "learning_rate" in done.stderr
     assert "| default_seed0 | " in done.stdout and "broken_seed0 failed" in done.stdout
 
 
