@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     sweep = commands.add_parser("sweep", help="train a configuration with one thing changed at a time, and tabulate")
     sweep.add_argument("folder", type=Path, help="overlays and a sweep.yaml, e.g. configs/ablations")
-    sweep.add_argument("--rows", nargs="+", default=[], help="only these; by default all")
+    sweep.add_argument("--rows", nargs="+", default=[], help="only these, not their references; by default all")
     sweep.add_argument("--seeds", nargs="+", type=int, default=[], help="only these; by default all of a row")
     sweep.add_argument("--jobs", type=int, default=1, help="runs that are trained side by side, sharing the cores")
     sweep.add_argument("--output", type=Path, help="folder of runs and tables, in place of the sweep's own")
@@ -216,7 +216,7 @@ def _probe(given: argparse.Namespace) -> int:
     from pgp_lightning.evaluation.probe import probe_guide
     from pgp_lightning.training.command_line import quieten
 
-    if given.output and not given.output.parent.is_dir():
+    if given.output and (not given.output.parent.is_dir() or given.output.is_dir()):
         raise ConfigError(f"--output must be a file in a folder that exists, got {given.output}")
     quieten()
     found = probe_guide(
@@ -229,9 +229,9 @@ def _probe(given: argparse.Namespace) -> int:
         given.dtype,
         given.seed,
     )
+    print(found.summary())
     if given.output:
         given.output.write_text(json.dumps(found.as_json(), indent=2) + "\n", encoding="utf-8")
-    print(found.summary())
     return 0 if found.carries else 1
 
 

@@ -75,7 +75,7 @@ def probe_guide(
     """Measure whether a guide's V' carry the question.
 
     One image at a time goes through the guide. Kept are at most 2,000 questions (or one of every image) x 64 tokens x d
-    in the guide's dtype, for the probe: 460 MB in float32 at d = 896.
+    in the guide's dtype, for the probe: 460 MB in float32 at d = 896, and four times that while it is being trained.
 
     Args:
         guide: a base model, or an exported guide: `embedded:NAME`, a folder, or (a base) a repository on the hub.

@@ -88,7 +88,7 @@ def verdict(interaction: float, recalls: Recalls) -> tuple[bool, list[str]]:
         f"The visual states do not carry the question: {reason}.",
         "PGP would learn which tokens show some object, whatever is asked. Take another guide, or train this one first "
         "to answer where only its visual tokens see the question (docs/embedded.md). PGP's own question-blind "
-        "reconstruction (model.question_blind) did not bring it about (docs/reproduction.md).",
+        "reconstruction (model.question_blind) was not enough in 800 steps (docs/reproduction.md).",
     ]
 
 
