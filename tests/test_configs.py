@@ -167,7 +167,7 @@ def test_every_row_of_the_ablation_differs_from_its_reference_in_what_it_names(
     assert changed["beta_1.5"] == [
         "callbacks.BetaAnnealing.end 0.5 -> 1.5",
         "callbacks.BetaAnnealing.start 0.2 -> 1.5",
-        "callbacks.BetaAnnealing.warmup_fraction 0.2 -> 0",
+        "callbacks.BetaAnnealing.warmup_fraction 0.2 -> 0.0",
     ]
     assert changed["unaware_question_blind_half"] == ["model.question_blind 0.0 -> 0.5"]
     assert all(len(found) <= 3 for found in changed.values())
