@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
 import re
 import shutil
 from collections import Counter
@@ -34,6 +33,7 @@ from pgp_lightning.data.manifest import Source
 from pgp_lightning.data.records import SampleBuilder
 from pgp_lightning.data.shard_writing import ShardTask, write_shard, write_text
 from pgp_lightning.errors import ConfigError, DataError
+from pgp_lightning.vlm.shard_files import sync_path
 
 __all__ = [
     "REJECTED_FILE",
@@ -282,9 +282,9 @@ class _Build:
             "builder": self.identity,
         }
         write_text(self.part, files / INDEX_FILE, json.dumps(content, indent=1, sort_keys=True) + "\n")
-        _sync_folder(files)
+        sync_path(files)
         files.rename(self.folder)
-        _sync_folder(self.folder.parent)
+        sync_path(self.folder.parent)
 
 
 def _listed(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -306,11 +306,3 @@ def _listed(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _line(value: dict[str, Any]) -> str:
     """Return one line of the report; ASCII, because a detail may quote text that is no Unicode."""
     return json.dumps(value, sort_keys=True) + "\n"
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pgp_lightning.data.collate import Batch
 from pgp_lightning.guides.base import evaluating
-from pgp_lightning.guides.posterior import PosteriorGuide, Reconstruction
+from pgp_lightning.guides.posterior import PosteriorGuide
 from pgp_lightning.selection import recall
 from pgp_lightning.training.pgp import PGP, RATIOS
 from pgp_lightning.vlm.request import Request
@@ -70,8 +70,8 @@ def guide_figures(
             blind = guide.reconstruction_pass(request, batch.answers, module.last.latents, blind=True)
             values["kl"].append(_row_means(found.divergence, found.mask))
             values["gate"].append(_row_means(found.posterior.gate.mean(dim=-1), found.mask))
-            values["accuracy"].append(_right(predicted, len(batch)))
-            values["accuracy_blind"].append(_right(blind, len(batch)))
+            values["accuracy"].append(predicted.right(len(batch)))
+            values["accuracy_blind"].append(blind.right(len(batch)))
             places.update(found.divergence, found.mask, _places(request, device))
             if request.relevant is not None:
                 importance = found.divergence.masked_fill(~found.mask, -torch.inf)
@@ -113,12 +113,6 @@ class _Shares:
 def _row_means(x: Tensor, mask: Tensor) -> Tensor:
     """Return each row's mean over its visual tokens: (B, M) to (B,)."""
     return x.masked_fill(~mask, 0).sum(dim=1) / mask.sum(dim=1)
-
-
-def _right(predicted: Reconstruction, rows: int) -> Tensor:
-    """Return whose every supervised token is the argmax: bool (B,)."""
-    wrong = predicted.logits.argmax(dim=-1) != predicted.targets
-    return torch.bincount(predicted.rows[wrong], minlength=rows) == 0
 
 
 def _kinds(relevant: Tensor, shown: Tensor | None) -> dict[str, Tensor]:

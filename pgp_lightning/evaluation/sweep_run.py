@@ -11,9 +11,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
@@ -87,15 +87,17 @@ def _content(config: Path) -> str:
 
 
 @contextmanager
-def file_lock(path: Path, wait: bool) -> Iterator[None]:
-    """Hold a file's lock; a process that is started meanwhile with the file as its output holds it as well.
+def file_lock(path: Path, wait: bool) -> Iterator[TextIO]:
+    """Hold a file's lock and yield the file, open at its end.
+
+    A process that is started meanwhile with the file as its output holds the lock as well.
 
     Raises:
         BlockingIOError: if another process has it and this one must not wait.
     """
     with path.open("a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
+        yield file
 
 
 class Trainings:
@@ -117,10 +119,10 @@ class Trainings:
         Raises:
             ConfigError: if it fails, stops before its last step, or is running already.
         """
-        with run.log.open("a", encoding="utf-8") as log:
+        with ExitStack() as stack:
             try:
                 # The child keeps the lock for as long as it lives, also when this process is killed.
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                log = stack.enter_context(file_lock(run.log, wait=False))
             except BlockingIOError as error:
                 raise ConfigError(f"another process is training in {run.folder}") from error
             with self._lock:

@@ -66,6 +66,11 @@ class Reconstruction(NamedTuple):
     rows: Tensor
     """int64 (S,), the row of each."""
 
+    def right(self, batch: int) -> Tensor:
+        """Return of which of a number of rows every supervised token is the argmax: bool (batch,)."""
+        wrong = self.logits.argmax(dim=-1) != self.targets
+        return torch.bincount(self.rows[wrong], minlength=batch) == 0
+
 
 class PosteriorGuide(Guide):
     """A small VLM with LoRA on its language model and a Gaussian bottleneck on its visual states.

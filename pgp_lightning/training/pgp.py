@@ -204,9 +204,7 @@ class PGP(pl.LightningModule):
         if self.beta is not None:  # nobody sets it for `lightning test`: then there is no objective either
             terms["loss"] = objective(terms["reconstruction"], divergence_loss(found.divergence, found.mask), self.beta)
         self._account(split, batch, found, predicted, terms)
-        wrong = torch.zeros(len(batch), device=self.device)
-        wrong.index_add_(0, predicted.rows, (predicted.logits.argmax(-1) != predicted.targets).float())
-        self._means(split).update("reconstruction_accuracy", (wrong == 0).float())
+        self._means(split).update("reconstruction_accuracy", predicted.right(len(batch)).float())
         importance = found.divergence.masked_fill(~found.mask, -torch.inf)
         if batch.request.relevant is not None:
             self._recall(split, importance, batch.request.relevant, "")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 import secrets
 import shutil
@@ -34,6 +33,7 @@ from pgp_lightning.vlm.shard_files import (
     Stored,
     read_folder,
     read_tensor,
+    sync_path,
     verify_file,
     write_file,
 )
@@ -170,9 +170,9 @@ def convert_checkpoint(
         _generation_config(config, stop_id).save_pretrained(hidden)
         config.save_pretrained(hidden)
         for path in (*hidden.rglob("*"), hidden):
-            _sync(path)
+            sync_path(path)
         hidden.rename(target)
-        _sync(target.parent)
+        sync_path(target.parent)
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
         raise
@@ -314,11 +314,3 @@ def _write_weights(folder: Path, pieces: list[Piece], shard_bytes: int) -> None:
             "weight_map": dict(sorted(places.items())),
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

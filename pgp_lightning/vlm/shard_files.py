@@ -29,6 +29,7 @@ __all__ = [
     "read_folder",
     "read_header",
     "read_tensor",
+    "sync_path",
     "verify_file",
     "write_file",
 ]
@@ -261,3 +262,12 @@ def _chunks(piece: Piece) -> Iterator[memoryview]:
 
 def _cut_short(piece: Piece) -> DataError:
     return DataError(f"{piece.source.file} ends before tensor {piece.source.name!r} does: has something changed it?")
+
+
+def sync_path(path: Path) -> None:
+    """Bring a file, or the entries of a folder, to the disk: what is renamed then survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
