@@ -275,7 +275,10 @@ def _run_folder(case: _Case) -> Iterator[Finding]:
 
 def _lanes(case: _Case) -> Iterator[Finding]:
     if case.data is not None:
-        yield from examine_mixture(case.data, max(1, case.cli.trainer.world_size))
+        trainer = case.cli.trainer
+        ranks = max(1, trainer.world_size)
+        batches = trainer.max_steps * trainer.accumulate_grad_batches * ranks
+        yield from examine_mixture(case.data, ranks, batches if batches > 0 else None)
 
 
 def _data(case: _Case) -> Iterator[Finding]:
@@ -292,23 +295,33 @@ def _memory(case: _Case) -> Iterator[Finding]:
     device, memory = device_memory(case.cli.trainer.strategy.root_device)
     tiles, text = _largest(case, guide.processor)
     turns = max((turns for _, _, turns in case.rows), default=1)
-    options = ("lora_rank", "head_layers", "gradient_checkpointing", "attention")
-    fit = fit_memory(
-        guide.config,
-        rows=data.batch_size * turns,
-        images=data.batch_size,
-        tiles=tiles,
-        text_slots=text,
-        answer=max((answer for _, answer, _ in case.rows), default=ANSWER),
-        visual_share=case.guide.get("visual_token_share", 1.0),
-        dtype=getattr(torch, case.guide.get("dtype", "float32")),
-        **{key: case.guide[key] for key in options if key in case.guide},
+    rows, visual = data.batch_size * turns, tiles * guide.processor.rule.tokens_per_side**2
+    answer = max((answer for _, answer, _ in case.rows), default=ANSWER)
+    # The budget cuts longer rows off: with this much text a row fills it.
+    full = max(text, (data.max_length or guide.processor.max_length) - visual)
+    names = ("lora_rank", "head_layers", "gradient_checkpointing", "attention")
+    fit, worst = (
+        fit_memory(
+            guide.config,
+            rows=rows,
+            images=data.batch_size,
+            tiles=tiles,
+            text_slots=slots,
+            answer=answer,
+            visual_share=case.guide.get("visual_token_share", 1.0),
+            dtype=getattr(torch, case.guide.get("dtype", "float32")),
+            **{key: case.guide[key] for key in names if key in case.guide},
+        )
+        for slots in (text, full)
     )
-    told = f"{fit} for {data.batch_size * turns} rows of {tiles} tiles and {text} slots of text at most"
+    told = f"{fit} for {rows} rows of {tiles} tiles and {text} slots of text at most"
     told += f"; {device} has {memory / GIB:.1f} GiB"
     if fit.total > FULL * memory:
         told += ": lower data.batch_size and raise trainer.accumulate_grad_batches, or set gradient_checkpointing"
     yield Finding("fail" if fit.total > memory else "warn" if fit.total > FULL * memory else "ok", "memory", told)
+    if fit.total <= FULL * memory < worst.total:
+        told = f"{worst.total / GIB:.1f} GiB, were all rows as long as data.max_length allows ({visual + full:,} slots)"
+        yield Finding("warn", "memory", f"{told}: only some records were read; a lower data.max_length makes sure")
 
 
 def _largest(case: _Case, processor: Processor) -> tuple[int, int]:

@@ -10,82 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
-from pgp_lightning.data.module import InstructionData
-from pgp_lightning.doctor import _most_tiles, examine
-from pgp_lightning.finding import Finding
+from pgp_lightning.doctor import examine
 from pgp_lightning.tools import main
-from tests.integration.small_run import small_config, write_config, write_manifest
 from tests.tiny import GOLDEN, save_tiny
 from tests.tiny_llava import llava_tokenizer, save_llava
+from tests.unit.doctor.case import Case, has_memory
 
 HUB = "OpenGVLab/InternVL2_5-1B"
-
-
-class Case:
-    """A configuration of a tiny model on a few records, which a test may spoil."""
-
-    def __init__(self, folder: Path, base: str, data: Path) -> None:
-        self.folder, self.base = folder, folder / "base"
-        shutil.copytree(base, self.base)
-        self.config = small_config(write_manifest(folder, data))
-        self.config["trainer"]["default_root_dir"] = str(folder / "run")
-        self.set_base(self.base)
-
-    @property
-    def model(self) -> dict[str, Any]:
-        arguments: dict[str, Any] = self.config["model"]["init_args"]
-        return arguments
-
-    @property
-    def guide(self) -> dict[str, Any]:
-        arguments: dict[str, Any] = self.model["guide"]["init_args"]
-        return arguments
-
-    @property
-    def data(self) -> dict[str, Any]:
-        arguments: dict[str, Any] = self.config["data"]["init_args"]
-        return arguments
-
-    def set_base(self, base: object) -> None:
-        self.guide["base"] = self.data["base"] = str(base)
-
-    def write(self) -> Path:
-        return write_config(self.folder, self.config)
-
-    def examine(self, answer_model: str | None = None) -> list[Finding]:
-        return examine([self.write()], answer_model)
-
-    def finds(self, state: str, what: str, *words: str, answer_model: str | None = None) -> list[Finding]:
-        findings = self.examine(answer_model)
-        mine = [one.detail for one in findings if (one.state, one.what) == (state, what)]
-        assert any(all(word in detail for word in words) for detail in mine), "\n".join(map(str, findings))
-        return findings
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    assert main(["shards", "build", str(write_manifest(folder, folder / "data"))]) == 0
-    return folder / "data"
-
-
-@pytest.fixture
-def case(tmp_path: Path, tiny_base: str, shards: Path) -> Case:
-    return Case(tmp_path, tiny_base, shards)
-
-
-@pytest.fixture
-def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A hub that cannot be asked, and an empty cache of it."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    return tmp_path / "cache"
-
-
-def has_memory(monkeypatch: pytest.MonkeyPatch, count: float) -> None:
-    monkeypatch.setattr("pgp_lightning.doctor.device_memory", lambda device: ("a small device", int(count)))
 
 
 def test_a_configuration_that_is_well(case: Case, monkeypatch: pytest.MonkeyPatch):
@@ -272,19 +204,24 @@ def test_memory(case: Case, monkeypatch: pytest.MonkeyPatch, share: float, state
     from pgp_lightning.vlm import memory
 
     totals: list[int] = []
+    slots: list[int] = []
 
     def estimate(*arguments: Any, **options: Any) -> memory.FitMemory:
         assert options["dtype"] == torch.float32 and options["lora_rank"] == 32 and options["images"] == 2
         assert options["rows"] % 2 == 0 and options["visual_share"] == 0.4 and options["attention"] == "sdpa"
         totals.append((found := memory.fit_memory(*arguments, **options)).total)
+        slots.append(options["text_slots"])
         return found
 
     monkeypatch.setattr("pgp_lightning.doctor.fit_memory", estimate)
     case.examine()
     has_memory(monkeypatch, share * totals[0])
     words = ("a small device has",) if state == "ok" else ("a small device has", "lower data.batch_size")
-    case.finds(state, "memory", *words)
-    assert totals[0] == totals[1]
+    findings = case.finds(state, "memory", *words)
+    assert totals[:2] == totals[2:] and slots[0] < slots[1]
+    assert slots[1] == 64 - 5 * 4  # a row of five tiles that fills max_length
+    told = [one.detail for one in findings if "only some records were read" in one.detail]
+    assert len(told) == (state == "ok" and totals[1] * 0.9 > totals[0]), told
 
 
 def test_an_answer_model(case: Case, offline: Path):
@@ -309,71 +246,3 @@ def test_data_of_another_class(case: Case):
     case.config["data"] = {"class_path": "lightning.pytorch.demos.boring_classes.BoringDataModule"}
     findings = case.finds("warn", "data", "BoringDataModule is not known here")
     assert not [one for one in findings if one.state == "fail"]
-
-
-def rewrite_manifest(case: Case, **changes: Any) -> Any:
-    """Change the top level of the manifest and return its content."""
-    path = Path(case.data["manifest"])
-    content = yaml.safe_load(path.read_text()) | changes
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return content
-
-
-def test_shares_and_a_sources_own_tiles(case: Case):
-    content = rewrite_manifest(case, weights="explicit")
-    objects, reading = content["splits"]["train"]
-    objects |= {"weight": 1, "max_tiles": 1}
-    reading |= {"weight": 3}
-    Path(case.data["manifest"]).write_text(yaml.safe_dump(content))
-    case.data.update({"mixing": "even", "group_batches": 2})
-    # 16 and 48 of 64 records, of sources of 40 and 24.
-    findings = case.finds("ok", "shares", "weights explicit", "objects 0.40, reading 2.00")
-    longest = {one.what: int(one.detail.split("longest ")[1].split()[0]) for one in findings if "longest" in one.detail}
-    assert longest["train/objects"] < longest["val/objects"]
-    case.data["group_batches"] = 0
-    case.finds("fail", "config", "data.group_batches must be at least 1, got 0")
-
-
-def test_raw_files_that_are_missing(case: Case, tmp_path: Path):
-    content = rewrite_manifest(case, root=str(tmp_path / "none"))
-    for missing, init_args in (
-        ("notes.jsonl does not exist", {"annotations": str(tmp_path / "notes.jsonl"), "images": str(tmp_path)}),
-        ("pictures does not exist", {"annotations": case.data["manifest"], "images": str(tmp_path / "pictures")}),
-    ):
-        content["splits"]["train"][0]["build"] = {
-            "class_path": "pgp_lightning.data.instructions.InstructionRecords",
-            "init_args": init_args,
-        }
-        Path(case.data["manifest"]).write_text(yaml.safe_dump(content))
-        case.finds("fail", "train/objects", "has no shards, and what they would be made of is missing", missing)
-
-
-def test_a_lenient_sources_damage_counts_as_rejects(case: Case, shards: Path):
-    shutil.copytree(shards, case.folder / "data")
-    case.data["root"] = str(case.folder / "data")
-    content = rewrite_manifest(case)
-    content["splits"]["train"][1] |= {"on_damage": "substitute", "allowed_rejects": 0.7}
-    Path(case.data["manifest"]).write_text(yaml.safe_dump(content))
-    (case.folder / "data" / "train" / "reading" / "reading-00000.tar").unlink()
-    case.finds("ok", "train/reading", "24 records in 2 shards", "16 damaged-shard")
-
-
-def test_sources_at_a_url_are_not_fetched(case: Case, shards: Path):
-    case.data.update({"root": f"file://{shards}", "cache": str(case.folder / "cache")})
-    case.finds("warn", "train/objects", f"its index is fetched from file://{shards}/train/objects when a run prepares")
-    assert not (case.folder / "cache").exists()
-    InstructionData(**case.data).prepare_data()
-    case.finds("ok", "train/objects", "40 records in 3 shards, fetched from file://", "unread here")
-    case.finds("ok", "cache", "0.0 GiB of shards are read in turn")
-    case.data["cache_gib"] = 1e-5
-    case.finds("warn", "cache", "raise data.cache_gib")
-    assert not list((case.folder / "cache").rglob("*.tar"))
-
-
-def test_the_largest_tiling_is_that_of_the_source_that_allows_most(case: Case):
-    content = rewrite_manifest(case)
-    content["splits"]["train"][1]["max_tiles"] = 3
-    Path(case.data["manifest"]).write_text(yaml.safe_dump(content))
-    assert _most_tiles(InstructionData(**case.data)) is None
-    assert _most_tiles(InstructionData(**case.data, max_tiles=2)) == 3
-    assert _most_tiles(InstructionData(**case.data, max_tiles=4)) == 4
