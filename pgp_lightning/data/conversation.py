@@ -7,7 +7,8 @@ A record that cannot be used raises `UnusableRecord` with a short stable reason,
 - `bad-record`: the JSON is missing or is no record;
 - `no-turns`: there is no question turn;
 - `empty-question`, `empty-answer`: a turn lacks its text;
-- `bad-text`: a text holds a placeholder of images, which models would take for one;
+- `bad-text`: a text holds a placeholder of images, which models would take for one, or half a surrogate pair, which
+  tokenizers refuse;
 - `bad-relevant`: `relevant` is no list of visual token indices of the image;
 - `too-long`: a turn does not fit the length budget even with a single tile.
 """
@@ -15,14 +16,13 @@ A record that cannot be used raises `UnusableRecord` with a short stable reason,
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
 
-from pgp_lightning.data.records import RawRecord, UnusableRecord
+from pgp_lightning.data.records import RawRecord, UnusableRecord, parse_text
 from pgp_lightning.vlm.tiles import TileGrid, TileRule, cut_tiles
 
 __all__ = ["Conversation", "ConversationReader", "Processor", "Turn"]
@@ -171,8 +171,8 @@ def _limited(rule: TileRule, most: int | None) -> TileRule:
 def _parse(raw: RawRecord) -> dict[str, Any]:
     """Return a record's JSON object."""
     try:
-        record = json.loads(raw.text or b"")
-    except (ValueError, RecursionError) as error:
+        record = parse_text(raw.text)
+    except ValueError as error:
         raise UnusableRecord("bad-record", f"{raw.key}: {error}") from error
     if not isinstance(record, dict):
         raise UnusableRecord("bad-record", f"{raw.key}: expected an object, got {type(record).__name__}")
@@ -200,13 +200,23 @@ def _turn(key: str, value: object) -> Turn:
             raise UnusableRecord(f"empty-{name}", f"{key}: expected a text, got {text!r}")
         if found := next((mark for mark in _PLACEHOLDERS if mark in text), None):
             raise UnusableRecord("bad-text", f"{key}: the {name} holds {found!r}")
+        _check_unicode(key, name, text)
         texts[name] = text
     relevant = value.get("relevant")
     if relevant is not None:
         if not isinstance(relevant, list) or not all(_is_index(index) for index in relevant):
             raise UnusableRecord("bad-relevant", f"{key}: expected a list of token indices")
         relevant = tuple(sorted(set(relevant)))
-    return Turn(**texts, relevant=relevant, type=str(value.get("type", "")))
+    kind = str(value.get("type", ""))
+    _check_unicode(key, "type", kind)
+    return Turn(**texts, relevant=relevant, type=kind)
+
+
+def _check_unicode(key: str, name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UnusableRecord("bad-text", f"{key}: the {name} holds half a surrogate pair") from error
 
 
 def _is_index(value: object) -> bool:

@@ -11,7 +11,6 @@ rather than over any few batches.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from itertools import chain
@@ -19,6 +18,7 @@ from typing import Any
 
 from pgp_lightning.data.conversation import ConversationReader
 from pgp_lightning.data.mixture import EpochPlan, Lane
+from pgp_lightning.data.records import parse_text
 from pgp_lightning.errors import DataError
 
 __all__ = ["Place", "SlotEstimate", "lane_batches"]
@@ -54,14 +54,14 @@ class SlotEstimate:
             DataError: if `size` does.
         """
         try:
-            record = json.loads(text or b"")
+            record: Any = parse_text(text)
             turns = record["turns"][:1] if self.reader.turns == "first" else record["turns"]
             words = max(len((turn["question"] + turn["answer"]).encode()) for turn in turns)
             width, height = _stated(record) or size()
             visual = self._visual(width, height, max_tiles)
         except DataError:
             raise
-        except (ValueError, TypeError, LookupError, RecursionError):  # a surprise to be counted when it is read
+        except (ValueError, TypeError, LookupError):  # a surprise to be counted when it is read
             return 0
         # What is too long gets fewer tiles until it fits.
         return min(visual + words // _BYTES_PER_TOKEN, self.reader.budget)

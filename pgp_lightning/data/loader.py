@@ -52,19 +52,28 @@ def _deliver(dataset: BatchRange, workers: int, pin_memory: bool, tally: RejectT
     with _signals_blocked():
         parcels: Iterable[Parcel] = iter(loader)
     left_out: Counter[str] = Counter()
+    finite, held = isinstance(dataset, EvaluationBatches), None
     try:
         for parcel in parcels:
             if isinstance(parcel, Failure):
                 raise parcel.error
             seen = parcel.records() if isinstance(parcel, Batch) else Counter[str]()
-            if isinstance(dataset, EvaluationBatches):  # a rejected record is not replaced by one that is seen
+            if finite:  # a rejected record is not replaced by one that is seen
                 seen.update(rejects_by_source(parcel.rejected))
             tally.add(seen, parcel.rejected)
             left_out.update(parcel.rejected)
             if isinstance(parcel, Batch):
                 parcel.rejected = dict(left_out)
                 left_out.clear()
-                yield parcel
+                if not finite:
+                    yield parcel
+                    continue
+                if held is not None:
+                    yield held
+                held = parcel  # until it is known whether what follows leaves nothing but rejects to tell of
+        if held is not None:
+            held.rejected = dict(Counter(held.rejected) + left_out)
+            yield held
     finally:
         del parcels  # stops the workers now, even if an error's traceback keeps this frame alive
 

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from pgp_lightning.errors import DataError
 
-__all__ = ["IMAGE_EXTENSIONS", "MAX_MEMBER_BYTES", "RawRecord", "SampleBuilder", "UnusableRecord"]
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "MAX_MEMBER_BYTES",
+    "MAX_TEXT_BYTES",
+    "RawRecord",
+    "SampleBuilder",
+    "UnusableRecord",
+    "parse_text",
+]
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 MAX_MEMBER_BYTES = 64 << 20
+MAX_TEXT_BYTES = 8 << 20  # of a record's JSON, which takes some twenty times as much when it is parsed
 
 
 class UnusableRecord(DataError):
@@ -59,3 +69,17 @@ class RawRecord:
     key: str
     image: bytes | None
     text: bytes | None
+
+
+def parse_text(text: bytes | None) -> object:
+    """Return a record's JSON.
+
+    Raises:
+        ValueError: if there is none, or it is longer or nested deeper than any honest one.
+    """
+    if text is not None and len(text) > MAX_TEXT_BYTES:
+        raise ValueError(f"{len(text)} bytes of JSON, the limit is {MAX_TEXT_BYTES}")
+    try:
+        return json.loads(text or b"")
+    except RecursionError as error:
+        raise ValueError("JSON nested too deeply") from error

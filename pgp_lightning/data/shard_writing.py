@@ -15,7 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pgp_lightning.data.records import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, SampleBuilder, UnusableRecord
+from pgp_lightning.data.records import (
+    IMAGE_EXTENSIONS,
+    MAX_MEMBER_BYTES,
+    MAX_TEXT_BYTES,
+    SampleBuilder,
+    UnusableRecord,
+)
 from pgp_lightning.errors import ConfigError
 
 __all__ = ["ShardTask", "file_sha256", "write_shard", "write_text"]
@@ -116,9 +122,10 @@ def _members(builder: SampleBuilder, number: int) -> tuple[str, dict[str, bytes]
         text = json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:
         raise UnusableRecord("bad-encoding", f"a text holds half a surrogate pair ({error.reason})", key) from error
-    for reason, data in (("image-too-large", image), ("record-too-large", text)):
-        if len(data) > MAX_MEMBER_BYTES:
-            raise UnusableRecord(reason, f"{len(data)} bytes, a shard holds up to {MAX_MEMBER_BYTES}", key)
+    limits = (("image-too-large", image, MAX_MEMBER_BYTES), ("record-too-large", text, MAX_TEXT_BYTES))
+    for reason, data, limit in limits:
+        if len(data) > limit:
+            raise UnusableRecord(reason, f"{len(data)} bytes, a shard holds up to {limit}", key)
     turns = [turn for turn in record.get("turns", ()) if isinstance(turn, dict)]
     sizes = {
         "records": 1,

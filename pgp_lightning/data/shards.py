@@ -30,6 +30,8 @@ from pgp_lightning.errors import DataError
 
 __all__ = ["ShardReader", "verify_source"]
 
+_MAX_HEADER_BYTES = 1 << 20
+
 
 def verify_source(folder: str | Path, url: str | None = None, cache: ShardCache | None = None) -> Index:
     """Read all shards of a source and check sizes, SHA-256, record counts and the report of rejected records.
@@ -109,13 +111,15 @@ class _Table:
         spans: list[tuple[int, int, int, int]] = []
         name, remedy = shard.shown, _remedy(shard)
         try:
-            with shard.path.open("rb") as file:
+            with _HeaderFile(shard.path.open("rb", buffering=0)) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size != shard.bytes:
                     raise DataError(f"{name} has {size} bytes, {INDEX_FILE} promises {shard.bytes}: {remedy}")
                 with tarfile.open(fileobj=file, mode="r:") as tar:  # "r:" is plain tar only: nothing to inflate
                     for sample in group_by_keys(_headers(tar, shard)):
-                        self.keys.append(Path(sample["__key__"]).name)
+                        # A name that is no UTF-8 comes with surrogates, which cannot be written to any report.
+                        key = Path(sample["__key__"]).name.encode(errors="backslashreplace").decode()
+                        self.keys.append(key)
                         image = next((sample[ext] for ext in IMAGE_EXTENSIONS if ext in sample), (-1, 0))
                         spans.append((*image, *sample.get("json", (-1, 0))))
         except FileNotFoundError as error:
@@ -131,6 +135,19 @@ class _Table:
                 f"{name}: {INDEX_FILE} promises {shard.samples} records, the shard ends after {len(spans)}: {remedy}"
             )
         self.spans = np.array(spans, dtype=np.int64)
+
+
+class _HeaderFile(io.BufferedReader):
+    """A shard of which only headers are read: `tarfile` reads those with long names whole, whatever size they declare.
+
+    Raises:
+        tarfile.ReadError: by `read`, for more than any honest header has.
+    """
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes, the limit is {_MAX_HEADER_BYTES}")
+        return super().read(size)
 
 
 def _headers(tar: tarfile.TarFile, shard: Shard) -> Iterable[dict[str, Any]]:
