@@ -5,10 +5,12 @@ Only light imports stand here: a worker process started afresh imports this file
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 
+from pgp_lightning import warning_signal
 from pgp_lightning.errors import ConfigError, DataError
 
 __all__ = ["main"]
@@ -27,6 +29,8 @@ def main(args: Sequence[str] | None = None) -> int:
         SystemExit: code 2 for what the parser refuses, code 0 after `--help`.
         Exception: any error that is not the user's, and with `--debug` every one.
     """
+    if "SLURM_JOB_ID" in os.environ:
+        warning_signal.listen()  # the imports below take long enough to be warned, and killed, meanwhile
     arguments = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]

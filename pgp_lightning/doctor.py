@@ -24,6 +24,7 @@ from pgp_lightning.doctor_data import examine_mixture, examine_sources
 from pgp_lightning.errors import ConfigError, DataError
 from pgp_lightning.finding import Finding, failed
 from pgp_lightning.training.command_line import TerseParser, quieten, reason_of
+from pgp_lightning.training.global_batch import GlobalBatch
 from pgp_lightning.training.pgp import PGP
 from pgp_lightning.training.run import checkpoints
 from pgp_lightning.vlm.conversion import converted_tensors
@@ -277,6 +278,10 @@ def _lanes(case: _Case) -> Iterator[Finding]:
     if case.data is not None:
         trainer = case.cli.trainer
         ranks = max(1, trainer.world_size)
+        for callback in trainer.callbacks:
+            if isinstance(callback, GlobalBatch):
+                callback.settle(trainer, case.data.batch_size)
+                yield Finding("ok", "batch", callback.told(trainer, case.data.batch_size))
         batches = trainer.max_steps * trainer.accumulate_grad_batches * ranks
         yield from examine_mixture(case.data, ranks, batches if batches > 0 else None)
 

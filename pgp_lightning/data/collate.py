@@ -58,6 +58,16 @@ class Batch:
         """Return the number of records of each source."""
         return Counter(source for source, turn in zip(self.sources, self.turns, strict=True) if turn == 0)
 
+    def described(self) -> str:
+        """Return what somebody needs who looks for the record that broke a run: keys, tiles, lengths."""
+        request = self.request
+        rows = zip(self.sources, self.keys, request.images, request.questions, self.answers, strict=True)
+        return "; ".join(
+            f"{source}/{key} ({request.grids[image].tiles} tiles, {request.grids[image].tokens} visual tokens, "
+            f"{len(question)} + {len(answer)} characters)"
+            for source, key, image, question, answer in rows
+        )
+
     def select(self, rows: Sequence[int]) -> Batch:
         """Return some rows; images stay, also those that no row is about any more."""
         request = self.request

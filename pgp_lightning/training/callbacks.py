@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -14,9 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.objective import beta
@@ -28,8 +25,6 @@ __all__ = [
     "BetaAnnealing",
     "LogLine",
     "RandomState",
-    "StepCheckpoint",
-    "Throughput",
     "event_step",
     "total_steps",
     "write_figures",
@@ -136,22 +131,6 @@ class BetaAnnealing(Callback):
         self._current = state_dict.get("beta")
 
 
-class StepCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint that saves after optimiser steps only, never between the micro-batches of one.
-
-    Lightning's own saves anew after the first micro-batch of a resumed run, since the number of optimiser steps is
-    then still one at which to save. With gradient accumulation that checkpoint lies inside a step: the gradients of
-    its first micro-batches are in no checkpoint, and the next resume would go on without them.
-    """
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
-    ) -> None:
-        """Save if a step is complete and it is time."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-
 class RandomState(Callback):
     """Makes the random numbers of training steps one stream of its own, and keeps it in checkpoints.
 
@@ -232,79 +211,6 @@ def _set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state(("MT19937", words, keys["position"], keys["has_gauss"], keys["cached"]))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
-
-
-class Throughput(_AfterStep):
-    """Logs how fast training goes, at the trainer's logging interval and as means over it.
-
-    `throughput/samples_per_second` and `throughput/visual_tokens_per_second` over all processes,
-    `throughput/data_wait_share`: the share of the time between micro-batches, `throughput/peak_memory_gib`: the
-    greatest memory so far, of this process's GPU or, without one, of the process. Pauses with a validation or a
-    checkpoint in them do not count as time.
-    """
-
-    def __init__(self) -> None:
-        self._reset()
-        self._ended: float | None = None  # when the last micro-batch ended; None if the pause since does not count
-        self._began = 0.0
-
-    def _reset(self) -> None:
-        self._samples = self._tokens = 0
-        self._working = self._waiting = 0.0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count."""
-        super().on_train_start(trainer, pl_module)
-        self._reset()
-        self._ended = None
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Count the pause."""
-        self._began = time.perf_counter()
-        if self._ended is not None:
-            self._waiting += self._began - self._ended
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int
-    ) -> None:
-        """Count the micro-batch."""
-        now = time.perf_counter()
-        self._working += now - self._began
-        self._samples += len(batch.request)
-        self._tokens += sum(batch.request.counts)
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._ended = time.perf_counter()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the pause out."""
-        self._ended = None
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Leave the pause out."""
-        self._ended = None
-
-    def after_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the means since the last time."""
-        interval = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        if interval == 0 or trainer.global_step % interval:
-            return
-        seconds = max(self._working + self._waiting, 1e-9)
-        figures = {
-            "samples_per_second": self._samples * trainer.world_size / seconds,
-            "visual_tokens_per_second": self._tokens * trainer.world_size / seconds,
-            "data_wait_share": self._waiting / seconds,
-            "peak_memory_gib": _peak_memory() / 2**30,
-        }
-        write_figures(trainer, "throughput", figures)
-        self._reset()
-
-
-def _peak_memory() -> int:
-    """Return the greatest memory used so far in bytes."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class LogLine(_AfterStep):

@@ -19,7 +19,17 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from pgp_lightning.errors import ConfigError, DataError
-from pgp_lightning.training import callbacks, health, images, intake  # noqa: F401 (a config may name their classes alone)
+from pgp_lightning.training import (  # noqa: F401 (a config may name their classes alone)
+    callbacks,
+    global_batch,
+    health,
+    images,
+    intake,
+    preemption,
+    step_checkpoint,
+    throughput,
+)
+from pgp_lightning.training.global_batch import GlobalBatch
 from pgp_lightning.training.run import RunRecord, checkpoints, differences, last_checkpoint, read_record
 
 __all__ = ["RunCLI", "SaveRunConfig", "TerseParser", "quieten", "reason_of", "terse"]
@@ -245,11 +255,15 @@ class RunCLI(LightningCLI):
         self.config_init[self._name].weights_only = True
 
     def before_fit(self) -> None:
-        """Refuse to continue a run with another number of samples per optimiser step.
+        """Settle the records of an optimiser step, and refuse to continue a run with another number of them.
 
         Raises:
-            ConfigError: if gradient accumulation and processes multiply to something else than before.
+            ConfigError: if they cannot be dealt to the processes, or gradient accumulation and processes multiply to
+                something else than before.
         """
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GlobalBatch):
+                callback.settle(self.trainer, int(self.datamodule.batch_size))
         before, now = (self.own_record or {}).get("micro_batches"), RunRecord.micro_batches(self.trainer)
         if before is not None and before != now:
             raise ConfigError(

@@ -30,8 +30,8 @@ def load_guide(source: Path) -> tuple[PosteriorGuide, dict[str, Any]]:
     Raises:
         ConfigError: if there is no checkpoint, or it was not written by `lightning fit` on a posterior guide.
     """
-    path = last_checkpoint(source) if source.is_dir() else source
-    if not path.is_file():
+    path = last_checkpoint(source) if source.is_dir() and source.suffix != ".ckpt" else source
+    if not path.exists():
         raise ConfigError(f"expected a run's folder or a checkpoint file, found nothing at {source}")
     checkpoint = read_checkpoint(path)
     try:

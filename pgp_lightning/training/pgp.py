@@ -152,8 +152,8 @@ class PGP(pl.LightningModule):
         loss = objective(reconstruction, divergence, self.beta)
         if not torch.isfinite(loss):
             raise DataError(
-                f"the loss is {loss.item()} at optimiser step {self.global_step} (reconstruction "
-                f"{reconstruction.item()}, KL {divergence.item()}) on samples {', '.join(sorted(set(batch.keys)))}: "
+                f"the loss is {loss.item()} at optimiser step {self.global_step} on rank {self.global_rank} "
+                f"(reconstruction {reconstruction.item()}, KL {divergence.item()}) on samples {batch.described()}: "
                 "look at them, or lower model.learning_rate or set trainer.gradient_clip_val"
             )
         self._account("train", batch, found, predicted, {"loss": loss, "reconstruction": reconstruction})

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
 from pgp_lightning.data.loader import FORMERLY
 from pgp_lightning.errors import ConfigError
@@ -24,6 +24,8 @@ from pgp_lightning.errors import ConfigError
 __all__ = ["RunRecord", "checkpoints", "differences", "last_checkpoint", "read_checkpoint", "read_record"]
 
 RECORD = "run"
+# Of a checkpoint that is a folder of shards: written last, so a folder without it was not finished.
+CONSOLIDATED = "consolidated.ckpt"
 # The trainer's options that change what is learned; all others (devices, logging, time limits ...) may change.
 # Gradient accumulation is judged together with the number of processes, see RunRecord.
 TRAINER_KEYS = (
@@ -50,6 +52,8 @@ FREE_DATA_KEYS = {
 WATCHERS = {
     "DataIntake",
     "DeviceStatsMonitor",
+    "FailureReport",
+    "GlobalBatch",  # its records are data.batch_size times the micro-batches of a step, see RunRecord
     "ImportanceImages",
     "LearningRateMonitor",
     "LogLine",
@@ -57,6 +61,7 @@ WATCHERS = {
     "ModelSummary",
     "OnExceptionCheckpoint",
     "PosteriorHealth",
+    "Preemption",
     "RichModelSummary",
     "StepCheckpoint",
     "RichProgressBar",
@@ -113,12 +118,20 @@ def _event_loggers(trainer: Trainer) -> Iterator[TensorBoardLogger]:
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """List the checkpoints of a run, oldest first; none if the folder does not exist."""
-    return sorted((root / "checkpoints").glob("*.ckpt"), key=lambda path: (path.stat().st_mtime, path.name))
+    """List the checkpoints of a run, oldest first; none if the folder does not exist, or what is there is not whole."""
+    found = [path for path in (root / "checkpoints").glob("*.ckpt") if _readable(path).is_file()]
+    return sorted(found, key=lambda path: (_readable(path).stat().st_mtime, path.name))
+
+
+def _readable(checkpoint: Path) -> Path:
+    """Return the file of a checkpoint that holds its record: itself, or one of its folder's."""
+    return checkpoint / CONSOLIDATED if checkpoint.is_dir() else checkpoint
 
 
 def last_checkpoint(root: Path) -> Path:
-    """Return the checkpoint a run continues from, checkpoints/last.ckpt.
+    """Return the checkpoint a run continues from: checkpoints/last.ckpt.
+
+    If the run died while it wrote that one as a folder of shards, it is the newest that is whole.
 
     Raises:
         ConfigError: if there is none.
@@ -127,6 +140,9 @@ def last_checkpoint(root: Path) -> Path:
     if found:
         return found[-1]  # last-v1.ckpt is what ModelCheckpoint writes when it will not replace last.ckpt
     other = checkpoints(root)
+    if other and (broken := root / "checkpoints" / "last.ckpt").is_dir():
+        rank_zero_warn(f"{broken} was not written to its end: going on from {other[-1]}")
+        return other[-1]
     if other:
         remedy = f"continue from a file, e.g. --ckpt_path {other[-1]}, and let ModelCheckpoint have save_last: true"
     else:
@@ -137,25 +153,25 @@ def last_checkpoint(root: Path) -> Path:
 def read_record(checkpoint: Path) -> dict[str, Any] | None:
     """Read the record out of a checkpoint: `config` and `micro_batches`; None if the checkpoint has none.
 
-    A sharded checkpoint is a folder; then `config` is read from the run folder's config.yaml.
-
     Raises:
-        ConfigError: if the file is not a checkpoint.
+        ConfigError: if the file is not a checkpoint, or the folder is one that was not finished.
     """
-    if checkpoint.is_dir():
-        saved = checkpoint.parent.parent / "config.yaml"
-        return {"config": yaml.safe_load(saved.read_text())} if saved.is_file() else None
     content = read_checkpoint(checkpoint)
     record = content.get(RECORD)
     return record if isinstance(record, dict) else None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint file as plain tensors and values; tensors are mapped, not loaded.
+    """Read a checkpoint as plain tensors and values; tensors are mapped, not loaded.
+
+    Of a folder of shards this is its consolidated file: weights and record, without the optimiser's state.
 
     Raises:
-        ConfigError: if the file is not a checkpoint.
+        ConfigError: if it is not a checkpoint, or one that was not finished.
     """
+    if path.is_dir() and not _readable(path).is_file():
+        raise ConfigError(f"{path} has no {CONSOLIDATED}, so it was not written to its end: take another checkpoint")
+    path = _readable(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:

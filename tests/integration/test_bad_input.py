@@ -327,7 +327,7 @@ def test_a_loss_that_is_not_finite(case: Case):
     case.config["trainer"]["callbacks"] = [
         one for one in case.config["trainer"]["callbacks"] if one["class_path"] != "StepCheckpoint"
     ]
-    words = ("the loss is ", "at optimiser step 1", "on samples train-", "lower model.learning_rate")
+    words = ("the loss is ", "at optimiser step 1", "on rank 0", "on samples ", "lower model.learning_rate")
     case.fails(1, *words)
 
 

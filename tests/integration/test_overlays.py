@@ -43,7 +43,7 @@ def test_an_overlay_trains_and_exports(
         "model.init_args.guide.init_args.base": base,
         "data.init_args.base": base,
         "data.init_args.manifest": manifest,
-        # and what makes the run short. The accumulation stays the overlay's.
+        # and what makes the run short. There are eleven micro-batches a step, as by the overlay's own numbers.
         "data.init_args.batch_size": 1,
         "data.init_args.val_batch_size": 2,
         "data.init_args.limit_val_records": 2,
@@ -59,15 +59,17 @@ def test_an_overlay_trains_and_exports(
     program = [sys.executable, "-m", "pgp_lightning", "fit", "--config", "configs/pgp.yaml"]
     program += ["--config", str(OVERLAYS / f"{overlay}.yaml")]
     program += [f"--{key}={value}" for key, value in settings.items()]
+    program += ["--trainer.callbacks+=GlobalBatch", "--trainer.callbacks.records=11"]
     done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "stopped after 2 optimiser steps" in done.stdout
     used = yaml.safe_load((root / "config.yaml").read_text())
-    assert used["trainer"]["accumulate_grad_batches"] == written["trainer"]["accumulate_grad_batches"] == 11
+    assert written["trainer"]["callbacks+"] == [{"class_path": "GlobalBatch", "init_args": {"records": 176}}]
+    assert 11 * written["data"]["init_args"]["batch_size"] == 176
     assert used["model"]["init_args"]["guide"]["init_args"]["dtype"] == "bfloat16"
     checkpoint = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
     weights = checkpoint["state_dict"]
-    assert checkpoint["global_step"] == 2 and weights
+    assert checkpoint["global_step"] == 2 and checkpoint["run"]["micro_batches"] == 11 and weights
     assert all(torch.isfinite(value).all() for value in weights.values())
     assert {value.dtype for value in weights.values()} == {torch.float32}
     # Both factors of the adapter moved away from where they start: the second one is zero there.

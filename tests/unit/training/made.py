@@ -23,7 +23,7 @@ def make(base: str, guide: dict[str, Any] | None = None, **options: Any) -> PGP:
                 parameter.normal_(0, 0.2)
     splits = {"train": ["a", "b", "never"], "val": ["a", "b"], "test": ["a", "b"]}
     data = SimpleNamespace(source_names=splits.__getitem__, reader=None)
-    module.trainer = SimpleNamespace(datamodule=data, accumulate_grad_batches=1, global_step=7)  # type: ignore[assignment]
+    module.trainer = SimpleNamespace(datamodule=data, accumulate_grad_batches=1, global_step=7, global_rank=0)  # type: ignore[assignment]
     module.setup("fit")
     module.beta = 0.3
     module.logged = {}  # type: ignore[assignment]

@@ -14,31 +14,13 @@ from pgp_lightning.bottleneck import GaussianBottleneck
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.selection import keep_top
 from pgp_lightning.training import callbacks
-from pgp_lightning.training.callbacks import BetaAnnealing, LogLine, RandomState, Throughput, total_steps
+from pgp_lightning.training.callbacks import BetaAnnealing, LogLine, RandomState, total_steps
 from pgp_lightning.training.health import PosteriorHealth, channel_divergence
 from pgp_lightning.training.images import draw_importance, draw_sample, reassemble
 from pgp_lightning.training.run import differences, last_checkpoint
 from pgp_lightning.vlm.tiles import TileGrid
 from tests.standins import GRID, ToyGuide, toy_batch
-
-
-class Recorder:
-    """A logger that remembers."""
-
-    def __init__(self) -> None:
-        self.figures: list[tuple[int, dict[str, float]]] = []
-
-    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        self.figures.append((step, dict(metrics)))
-
-
-def trainer(**given: Any) -> Any:
-    defaults: dict[str, Any] = {
-        "global_step": 0, "max_steps": 100, "world_size": 1, "global_rank": 0, "is_global_zero": True, "loggers": [],
-        "log_every_n_steps": 1, "callback_metrics": {}, "sanity_checking": False,
-    }  # fmt: skip
-    return SimpleNamespace(**defaults | given)
-
+from tests.unit.training.looking_on import Recorder, trainer
 
 # BetaAnnealing
 
@@ -139,33 +121,7 @@ def test_states_of_other_processes() -> None:
         callback.on_train_start(trainer(world_size=2, global_rank=1), None)
 
 
-# Throughput, LogLine
-
-
-def test_throughput_counts_steps_and_waiting_but_no_validation(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: clock.now)
-    log, callback = Recorder(), Throughput()
-    state = trainer(loggers=[log], world_size=2, log_every_n_steps=2)
-    callback.on_train_start(state, None)
-    for batch in range(4):  # two micro-batches per step: 3 s of work each, 1 s of waiting, 50 s of validation
-        callback.on_train_batch_start(state, None, toy_batch(0), batch)
-        clock.now += 3
-        state.global_step = (batch + 1) // 2
-        callback.on_train_batch_end(state, None, None, toy_batch(0), batch)
-        clock.now += 1
-        if batch == 1:
-            callback.on_validation_start(state, None)
-            clock.now += 50
-        if batch == 2:
-            callback.on_save_checkpoint(state, None, {})
-            clock.now += 20
-    assert [step for step, _ in log.figures] == [1]
-    figures = log.figures[0][1]
-    assert figures["throughput/samples_per_second"] == pytest.approx(4 * 2 * 2 / 13)
-    assert figures["throughput/visual_tokens_per_second"] == pytest.approx(4 * 2 * GRID.tokens * 2 / 13)
-    assert figures["throughput/data_wait_share"] == pytest.approx(1 / 13)
-    assert 0.05 < figures["throughput/peak_memory_gib"] < 100
+# LogLine
 
 
 def test_log_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

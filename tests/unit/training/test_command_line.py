@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from lightning.pytorch.callbacks import EarlyStopping
 
-from pgp_lightning.training.callbacks import BetaAnnealing, LogLine, StepCheckpoint
+from pgp_lightning.training.callbacks import BetaAnnealing, LogLine
 from pgp_lightning.training.command_line import _latest
+from pgp_lightning.training.step_checkpoint import StepCheckpoint
 
 
 def test_the_last_callback_of_a_class_of_ours_takes_the_place_of_the_first():

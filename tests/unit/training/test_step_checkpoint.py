@@ -9,7 +9,7 @@ import pytest
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from pgp_lightning.training.callbacks import StepCheckpoint
+from pgp_lightning.training.step_checkpoint import StepCheckpoint
 from tests.standins import ToyData, ToyModule
 
 

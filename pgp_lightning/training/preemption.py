@@ -1,0 +1,67 @@
+"""Giving a machine back in time: checkpoint at the exact sample, requeue, stop."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from pgp_lightning import warning_signal
+from pgp_lightning.errors import ConfigError
+from pgp_lightning.training.callbacks import _AfterStep
+from pgp_lightning.training.step_checkpoint import StepCheckpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Preemption"]
+
+
+class Preemption(_AfterStep, Checkpoint):
+    """Ends a run on SIGUSR1 after the optimiser step at hand: saves, asks SLURM to requeue the job, and stops.
+
+    The signal only sets a flag. Whether it came to any process is settled by all of them together after each step, so
+    none is left waiting for another, as happens when a handler saves at once. The checkpoint is the run's last one,
+    from which `--ckpt_path last` goes on. Lightning calls it after all that keep state of a step, since it saves.
+
+    Args:
+        requeue: command that puts the job back into the queue; `{job}` stands for its id. Without a SLURM job, or with
+            an empty command, the run only saves and stops.
+
+    Raises:
+        ConfigError: by `setup`, without a StepCheckpoint that keeps the last checkpoint.
+    """
+
+    def __init__(self, requeue: Sequence[str] = ("scontrol", "requeue", "{job}")) -> None:
+        self.requeue = tuple(requeue)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Listen, before Lightning installs a handler that saves at once, and know what saves."""
+        if stage == "fit":
+            self._saving(trainer)
+            warning_signal.listen()
+
+    def after_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop if a process was warned."""
+        if not trainer.strategy.reduce_boolean_decision(warning_signal.warned(), all=False):
+            return
+        path = self._saving(trainer).save_now(trainer)
+        trainer.should_stop = True
+        rank_zero_info(f"warned by SIGUSR1: saved {path} at optimiser step {trainer.global_step} and stop")
+        job = os.environ.get("SLURM_JOB_ID")
+        if trainer.is_global_zero and job and self.requeue:
+            command = [part.format(job=job) for part in self.requeue]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                rank_zero_warn(f"{' '.join(command)} failed ({done.stderr.strip()}): submit the job again to go on")
+
+    @staticmethod
+    def _saving(trainer: Trainer) -> StepCheckpoint:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StepCheckpoint) and callback.save_last is True:
+                return callback
+        raise ConfigError("Preemption saves by a StepCheckpoint with save_last: true; add one to trainer.callbacks")

@@ -1,0 +1,96 @@
+"""Checkpoints that lie between optimiser steps, and folders of shards that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+
+from pgp_lightning.training.run import CONSOLIDATED, RECORD
+from pgp_lightning.vlm.shard_files import sync_path
+
+if TYPE_CHECKING:
+    from pgp_lightning.data.collate import Batch
+
+__all__ = ["StepCheckpoint"]
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """A ModelCheckpoint that saves after optimiser steps only, never between the micro-batches of one.
+
+    Lightning's own saves anew after the first micro-batch of a resumed run, since the number of optimiser steps is
+    then still one at which to save. With gradient accumulation that checkpoint lies inside a step: the gradients of
+    its first micro-batches are in no checkpoint, and the next resume would go on without them.
+
+    A strategy that shards the model writes a folder, file by file. It gets `consolidated.ckpt` as its last one: the
+    weights that are saved, whole and in float32, with the run's record, as plain tensors and values. A folder without
+    it was not finished and is no checkpoint.
+    """
+
+    _content: dict[str, Any]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
+    ) -> None:
+        """Save if a step is complete and it is time."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def save_now(self, trainer: Trainer) -> str:
+        """Save the run's last checkpoint, unless it is of this step, and return where; called by all processes."""
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        return self.last_model_path
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remember what is about to be saved."""
+        self._content = checkpoint
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        whole = Path(filepath) / CONSOLIDATED
+        if trainer.is_global_zero and whole.parent.is_dir():
+            whole.unlink(missing_ok=True)
+        trainer.strategy.barrier()
+        super()._save_checkpoint(trainer, filepath)
+        if not whole.parent.is_dir():
+            return
+        weights = _whole_weights(trainer.lightning_module, list(self._content["state_dict"]))
+        trainer.strategy.barrier()  # all shards are written
+        if trainer.is_global_zero:
+            record = {"global_step", "base_fingerprint", RECORD} & self._content.keys()
+            kept = {key: self._content[key] for key in sorted(record)}
+            _write(whole, {**kept, "state_dict": weights})
+        trainer.strategy.barrier()
+
+
+def _whole_weights(module: LightningModule, names: list[str]) -> dict[str, Tensor]:
+    """Return weights by name, gathered from all processes; DeepSpeed's in float32, as its optimiser holds them."""
+    found = {**dict(module.named_buffers()), **dict(module.named_parameters())}
+    return {name: _whole(found[name]) for name in names}
+
+
+def _whole(weight: Tensor) -> Tensor:
+    if hasattr(weight, "ds_id") or hasattr(weight, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        weight = safe_get_full_fp32_param(weight)
+    elif hasattr(weight, "full_tensor"):
+        weight = weight.full_tensor()
+    return weight.detach().cpu().clone()
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Write a file that is there whole or not at all."""
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    sync_path(path.parent)
