@@ -37,21 +37,22 @@ class Posterior(NamedTuple):
     """g_i of Eq. 3: how far the mean goes from the prior's (0) to the token's own state (1)."""
 
 
-class _Float32Linear(nn.Linear):
-    """A linear layer computed in float32 even where a strategy stores its weights in half precision."""
+class _WideLinear(nn.Linear):
+    """A linear layer computed in its input's dtype even where a strategy stores its weights in half precision."""
 
     def forward(self, input: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        return functional.linear(input, self.weight.float(), bias)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return functional.linear(input, self.weight.to(input.dtype), bias)
 
 
 class GaussianBottleneck(nn.Module):
     """Channel-wise Gaussian posteriors of visual tokens against one prior shared by all tokens and all data.
 
     The paper's "two MLP layers and two learnable embeddings" are the heads I and S, mu_p and log sigma_p^2.
-    Everything is computed in float32, whatever the states' or the weights' dtype and under autocast too, and
-    is finite for finite states: states are clamped to +-``STATE_LIMIT``, log variances to ``LOG_VARIANCE_RANGE``
-    and the exp gate's input to at most ``GATE_INPUT_MAX``. Infinite or NaN states stay visible as such.
+    Everything is computed in float32, whatever the states' or the weights' dtype and under autocast too (in float64
+    with float64 weights), and is finite for finite states: states are clamped to +-``STATE_LIMIT``, log variances to
+    ``LOG_VARIANCE_RANGE`` and the exp gate's input to at most ``GATE_INPUT_MAX``. Infinite or NaN states stay visible
+    as such.
 
     Args:
         width: hidden size d of the states.
@@ -105,12 +106,12 @@ class GaussianBottleneck(nn.Module):
         if v.shape[-1] != self.width:
             raise ValueError(f"expected states of width {self.width}, got shape {tuple(v.shape)}")
         with torch.autocast(v.device.type, enabled=False):
-            v = v.float()
+            v = v.to(torch.promote_types(self.prior_mean.dtype, torch.float32))
             # An infinite state means the backbone overflowed: it must not hide behind the clamp.
             v = torch.where(v.isinf(), v, v.clamp(-STATE_LIMIT, STATE_LIMIT))
             inputs = self.gate_head(v)
             gate = inputs.sigmoid() if self.gate == "sigmoid" else inputs.clamp(max=GATE_INPUT_MAX).exp()
-            prior_mean = self.prior_mean.float()
+            prior_mean = self.prior_mean.to(v.dtype)
             # Eq. 3: the gate bounds how far the mean can leave the prior; a free projection would let Eq. 2 explode.
             mean = gate * (v - prior_mean) + prior_mean
             log_variance = self.log_variance_head(v).clamp(*LOG_VARIANCE_RANGE)
@@ -133,7 +134,7 @@ class GaussianBottleneck(nn.Module):
             raise ValueError(
                 f"expected noise of the posterior's shape {tuple(posterior.mean.shape)}, got {tuple(noise.shape)}"
             )
-        return posterior.mean + (0.5 * posterior.log_variance).exp() * noise.float()
+        return posterior.mean + (0.5 * posterior.log_variance).exp() * noise.to(posterior.mean.dtype)
 
     def divergence(self, posterior: Posterior) -> Tensor:
         """Compute every token's KL divergence from the prior (Eq. 2: the mean over channels, not the sum).
@@ -144,17 +145,17 @@ class GaussianBottleneck(nn.Module):
         Returns:
             Float32 (B, m), never negative, and 0 where a token's posterior is the prior.
         """
-        prior_log_variance = self.prior_log_variance.float().clamp(*LOG_VARIANCE_RANGE)
+        prior_log_variance = self.prior_log_variance.to(posterior.mean.dtype).clamp(*LOG_VARIANCE_RANGE)
         log_ratio = posterior.log_variance - prior_log_variance
         # r - 1 - log r by expm1: near r = 1 the plain form cancels to noise that may be negative.
         spread = (log_ratio.expm1() - log_ratio).clamp(min=0.0)
-        shift = (posterior.mean - self.prior_mean.float()).square() * (-prior_log_variance).exp()
+        shift = (posterior.mean - self.prior_mean.to(posterior.mean.dtype)).square() * (-prior_log_variance).exp()
         return 0.5 * (spread + shift).mean(dim=-1)
 
 
 def _head(width: int, layers: int, bias: float) -> nn.Sequential:
     """Build a per-token network of the given depth whose last layer starts with a constant bias."""
-    hidden: list[nn.Module] = [] if layers == 1 else [_Float32Linear(width, width), nn.GELU()]
-    last = _Float32Linear(width, width)
+    hidden: list[nn.Module] = [] if layers == 1 else [_WideLinear(width, width), nn.GELU()]
+    last = _WideLinear(width, width)
     nn.init.constant_(last.bias, bias)
     return nn.Sequential(*hidden, last)

@@ -27,7 +27,7 @@ def reconstruction_loss(logits: Tensor, targets: Tensor, rows: Tensor, average: 
     """Average the answer tokens' cross-entropy over a micro-batch.
 
     Args:
-        logits: predictions at the S supervised positions, (S, V); computed in float32 whatever their dtype.
+        logits: predictions at the S supervised positions, (S, V); computed in float32, or in float64 if that is theirs.
         targets: token ids, int64 (S,).
         rows: the sample each position belongs to, int64 (S,), in any order.
         average: "token", the mean over all supervised tokens; "sample", the mean of the samples' means;
@@ -50,10 +50,10 @@ def reconstruction_loss(logits: Tensor, targets: Tensor, rows: Tensor, average: 
         )
     if not len(targets):
         raise ValueError("expected at least one supervised token, got none; drop samples with empty answers")
-    losses = functional.cross_entropy(logits.float(), targets, reduction="none")
+    losses = functional.cross_entropy(logits.to(_wide(logits)), targets, reduction="none")
     if average == "token":  # equal weights, without the device synchronisation that counting costs
         return losses.mean()
-    weights = torch.bincount(rows)[rows].float().pow(_POWER[average])
+    weights = torch.bincount(rows)[rows].to(losses.dtype).pow(_POWER[average])
     return (weights * losses).sum() / weights.sum()
 
 
@@ -78,7 +78,7 @@ def divergence_loss(divergence: Tensor, mask: Tensor) -> Tensor:
     counts = mask.sum(dim=1)
     if not bool((counts > 0).all()):
         raise ValueError("expected a visual token in every sample, got a row without any; drop text-only samples")
-    return (divergence.float().masked_fill(~mask, 0.0).sum(dim=1) / counts).mean()
+    return (divergence.to(_wide(divergence)).masked_fill(~mask, 0.0).sum(dim=1) / counts).mean()
 
 
 def objective(reconstruction: Tensor, divergence: Tensor, beta: float) -> Tensor:
@@ -105,3 +105,8 @@ def beta(step: int, start: float, end: float, warmup_steps: int) -> float:
     if step >= warmup_steps:
         return end
     return start + (end - start) * (step / warmup_steps)
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    """Return the dtype to compute in: at least float32."""
+    return torch.promote_types(values.dtype, torch.float32)

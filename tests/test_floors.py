@@ -16,7 +16,7 @@ LINES = 400
 
 FLOORS = {
     # 0 mathematics
-    "errors": 0, "bottleneck": 0, "objective": 0, "selection": 0,
+    "errors": 0, "bottleneck": 0, "objective": 0, "selection": 0, "warning_signal": 0,
     # 1 foreign models seen from outside
     "vlm": 1, "attention": 1, "prefill": 1, "prefill_state": 1,
     # 2 methods

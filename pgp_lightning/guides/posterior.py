@@ -200,7 +200,8 @@ class PosteriorGuide(Guide):
         hidden = self._decode(slots, latents)
         # The head is the widest product of a step: it runs on supervised slots only.
         logits = self.vlm.head(hidden[slots.rows, slots.sources])
-        return Reconstruction(logits.float(), slots.targets, slots.rows)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return Reconstruction(logits, slots.targets, slots.rows)
 
     def train(self, mode: bool = True) -> PosteriorGuide:
         """Set training mode; the frozen vision tower stays in evaluation mode."""

@@ -94,6 +94,7 @@ def quieten() -> None:
         ".*isinstance.treespec, LeafSpec.*",  # lightning asks torch by an old name
         ".*Couldn't infer the batch indices.*",  # batches know their own keys
         ".*module.s. in eval mode at the start of training.*",  # the frozen vision tower is meant to be
+        ".*sync_dist=True.*",  # means are summed over processes before they are logged
     ):
         warnings.filterwarnings("ignore", message=noise)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -20,6 +20,7 @@ from pgp_lightning.guides.posterior import BottleneckPass, PosteriorGuide, Recon
 from pgp_lightning.objective import Average, divergence_loss, objective, reconstruction_loss
 from pgp_lightning.selection import recall
 from pgp_lightning.training.means import Means
+from pgp_lightning.training.sharded import gathers_for
 
 __all__ = ["PGP", "StepRecord"]
 
@@ -118,6 +119,11 @@ class PGP(pl.LightningModule):
             if split == "test":
                 tags += [f"recall@{p}/{control}" for p in RATIOS for control in ("another_question", "random")]
             self.means[f"{split}_means"] = Means(tags)
+
+    def on_fit_start(self) -> None:
+        """Let the guide reach its prior, which its divergence reads outside of the bottleneck's forward pass."""
+        bottleneck = self.guide.bottleneck
+        gathers_for(self.guide, [bottleneck.prior_mean, bottleneck.prior_log_variance])
 
     # The two passes
 

@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor
 
 from pgp_lightning.training.run import CONSOLIDATED, RECORD
+from pgp_lightning.training.sharded import whole_weights
 from pgp_lightning.vlm.shard_files import sync_path
 
 if TYPE_CHECKING:
@@ -60,29 +60,13 @@ class StepCheckpoint(ModelCheckpoint):
         super()._save_checkpoint(trainer, filepath)
         if not whole.parent.is_dir():
             return
-        weights = _whole_weights(trainer.lightning_module, list(self._content["state_dict"]))
+        weights = whole_weights(trainer.lightning_module, list(self._content["state_dict"]))
         trainer.strategy.barrier()  # all shards are written
         if trainer.is_global_zero:
             record = {"global_step", "base_fingerprint", RECORD} & self._content.keys()
             kept = {key: self._content[key] for key in sorted(record)}
             _write(whole, {**kept, "state_dict": weights})
         trainer.strategy.barrier()
-
-
-def _whole_weights(module: LightningModule, names: list[str]) -> dict[str, Tensor]:
-    """Return weights by name, gathered from all processes; DeepSpeed's in float32, as its optimiser holds them."""
-    found = {**dict(module.named_buffers()), **dict(module.named_parameters())}
-    return {name: _whole(found[name]) for name in names}
-
-
-def _whole(weight: Tensor) -> Tensor:
-    if hasattr(weight, "ds_id") or hasattr(weight, "_hp_mapping"):
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        weight = safe_get_full_fp32_param(weight)
-    elif hasattr(weight, "full_tensor"):
-        weight = weight.full_tensor()
-    return weight.detach().cpu().clone()
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -87,8 +88,11 @@ class Throughput(_AfterStep):
             return
         own = [self._samples, self._tokens, self._images, self._tiles, self._most_tiles, _peak_memory() / 2**30]
         own += [self._waiting, self._working, self._forward]
-        gathered = trainer.strategy.all_gather(torch.tensor(own, dtype=torch.float64, device=pl_module.device))
-        write_figures(trainer, "throughput", figures(gathered.reshape(-1, len(own)).cpu()))
+        ranks = [torch.tensor(own, dtype=torch.float64, device=pl_module.device)] * trainer.world_size
+        if trainer.world_size > 1:
+            mine, ranks = ranks[0], [torch.empty_like(each) for each in ranks]
+            dist.all_gather(ranks, mine)
+        write_figures(trainer, "throughput", figures(torch.stack(ranks).cpu()))
         self._reset()
 
 

@@ -10,7 +10,7 @@ raster order, the thumbnail last ("tile-raster order").
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -21,8 +21,8 @@ MOST_NARROW = 100  # greatest ratio of sides with `crop`, which would blow a sli
 MOST_PADDED = 10_000  # greatest side with `pad`, for the same reason: the square is made in memory
 
 
-@dataclass(frozen=True)
-class TileGrid:
+# A tuple because it travels in batches, and Lightning refuses to look for tensors in frozen dataclasses.
+class TileGrid(NamedTuple):
     """How one image was tiled, and where each of its visual tokens lies.
 
     Args:

@@ -21,8 +21,13 @@ def test_steps_and_waiting_count_but_no_validation(monkeypatch: pytest.MonkeyPat
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock.now)
     log, callback = Recorder(), Throughput()
-    two = SimpleNamespace(all_gather=lambda own: torch.stack([own, own]))
-    state = trainer(loggers=[log], world_size=2, log_every_n_steps=2, strategy=two)
+
+    def gather(ranks: list[torch.Tensor], own: torch.Tensor) -> None:
+        for rank in ranks:
+            rank.copy_(own)
+
+    monkeypatch.setattr(throughput.dist, "all_gather", gather)
+    state = trainer(loggers=[log], world_size=2, log_every_n_steps=2)
     module = SimpleNamespace(device="cpu")
     callback.on_train_start(state, module)
     for batch in range(4):  # two micro-batches per step: 3 s of work each, 1 s of waiting, 50 s of validation

@@ -1,0 +1,90 @@
+"""Two processes train what one trains with twice the accumulation, and fall together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pgp_lightning.tools import main as pgp
+from tests.integration.small_run import ROOT, small_config, write_config, write_manifest
+from tests.trace import read_trace
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without dropout, whose random numbers differ from process to process; all others belong to samples."""
+    folder = tmp_path_factory.mktemp("two")
+    manifest = write_manifest(folder, folder / "data")
+    assert pgp(["shards", "build", str(manifest)]) == 0
+    config = small_config(manifest, STEPS, save_every=STEPS)
+    config["model"]["init_args"]["guide"]["init_args"]["lora_dropout"] = 0.0
+    return write_config(folder, config)
+
+
+def start(config: Path, root: Path, *extra: str) -> subprocess.Popen[str]:
+    program = [sys.executable, "-m", "pgp_lightning", "fit", "--config", str(config), *extra]
+    program += [f"--trainer.default_root_dir={root}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        program, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+
+
+def trained(config: Path, root: Path, *extra: str) -> dict[str, torch.Tensor]:
+    process = start(config, root, *extra)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    weights: dict[str, Any] = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return weights
+
+
+def samples(root: Path, ranks: int) -> list[Any]:
+    """Return the samples of every global micro-batch, in order."""
+    traces = [read_trace(root, rank) for rank in range(ranks)]
+    return [line["samples"] for lines in zip(*traces, strict=True) for line in lines]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("precision", "limit"), [("64-true", 1e-9), ("32-true", 1e-4)])
+def test_two_processes_are_one_with_twice_the_accumulation(
+    config: Path, tmp_path: Path, precision: str, limit: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = f"--trainer.precision={precision}"
+    one = trained(config, tmp_path / "one", common, "--trainer.accumulate_grad_batches=4")
+    two = trained(config, tmp_path / "two", common, "--trainer.devices=2")
+    assert samples(tmp_path / "one", 1) == samples(tmp_path / "two", 2)
+    assert one.keys() == two.keys()
+    difference = max(float((one[name].double() - two[name].double()).abs().max()) for name in one)
+    moved = max(float(value.abs().max()) for name, value in two.items() if "lora_B" in name)
+    with capsys.disabled():
+        print(f"\n{precision}: greatest difference of a weight {difference:.1e} after {STEPS} steps; of B {moved:.1e}")
+    assert difference < limit < moved
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_when_one_process_is_killed_the_others_end_and_the_run_goes_on(config: Path, tmp_path: Path, rank: int) -> None:
+    root = tmp_path / "run"
+    often = ["--trainer.devices=2", "--trainer.callbacks+=tests.trace.Trace"]
+    process = start(config, root, *often)
+    while len(read_trace(root, rank=1)) < 5 and process.poll() is None:
+        time.sleep(0.005)
+    first = process.pid
+    children = [int(child) for child in Path(f"/proc/{first}/task/{first}/children").read_text().split()]
+    second = next(child for child in children if b"pgp_lightning" in Path(f"/proc/{child}/cmdline").read_bytes())
+    os.kill((first, second)[rank], signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    while Path(f"/proc/{second}").exists() and b"pgp_lightning" in Path(f"/proc/{second}/cmdline").read_bytes():
+        time.sleep(0.1)  # until the timeout of this test: none may live on
+    assert "another process of this run" in output, output[-3000:]
