@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 
 from pgp_lightning import warning_signal
-from pgp_lightning.errors import ConfigError, DataError
+from pgp_lightning.errors import ConfigError, DataError, lost_peer
 
 __all__ = ["main"]
 
@@ -45,6 +45,11 @@ def main(args: Sequence[str] | None = None) -> int:
         return _report(error, 1, debug)
     except (ConfigError, FileNotFoundError, MisconfigurationException) as error:
         return _report(error, 2, debug)
+    except RuntimeError as error:
+        if not lost_peer(error) or debug:
+            raise
+        told = "another process of this run has ended or does not answer; what it printed says why"
+        return _report(RuntimeError(f"{told}. Go on with --ckpt_path last ({error})"), 1, debug)
     return 0
 
 

@@ -1,6 +1,6 @@
-"""The two kinds of error a user can cause; the command line prints them as one line."""
+"""The two kinds of error a user can cause, which the command line prints as one line, and one that a process can."""
 
-__all__ = ["ConfigError", "DataError"]
+__all__ = ["ConfigError", "DataError", "lost_peer"]
 
 
 class ConfigError(ValueError):
@@ -9,3 +9,11 @@ class ConfigError(ValueError):
 
 class DataError(ValueError):
     """Data that cannot be used: names the file or sample and what to do."""
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Return whether an error says no more than that another process of the run is gone, or does not answer."""
+    text = str(error)
+    transport = any(name in text for name in ("gloo", "NCCL", "TCPStore"))
+    lost = ("closed by peer", "reset by peer", "Broken pipe", "imed out", "timeout", "remote process exited", "aborted")
+    return isinstance(error, RuntimeError) and transport and any(words in text for words in lost)

@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
 
 __all__ = ["Means"]
 
 
-class Means(nn.Module):
-    """A torchmetrics mean for each of a fixed set of tags.
+class _Sums(Metric):
+    """Sum and number of values in n places: one tensor, so that one exchange between the processes does for all."""
 
-    The set is fixed because computing is collective: every rank computes every tag, also one it saw no sample of.
+    sums: Tensor
+
+    def __init__(self, places: int) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(places, 2, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, place: int, values: Tensor) -> None:
+        self.sums[place, 0] += values.sum(dtype=torch.float64)
+        self.sums[place, 1] += values.numel()
+
+    def compute(self) -> Tensor:
+        return self.sums.clone()
+
+
+class Means(nn.Module):
+    """The mean of the values under each of a fixed set of tags.
+
+    The set is fixed because computing is collective: every rank has every tag, also one it saw no sample of.
 
     Args:
         tags: the names.
@@ -21,25 +38,21 @@ class Means(nn.Module):
     def __init__(self, tags: list[str]) -> None:
         super().__init__()
         self.tags = list(tags)
-        self.metrics = nn.ModuleList(MeanMetric() for _ in tags)
+        self._places = {tag: place for place, tag in enumerate(tags)}
+        self._sums = _Sums(len(tags))
 
     def update(self, tag: str, values: Tensor) -> None:
-        """Take values (n,) into a tag's mean; n may be 0."""
-        metric = self.metrics[self.tags.index(tag)]
-        assert isinstance(metric, MeanMetric)
-        values = values.detach().float().flatten()
-        # A weight of zero marks the metric as used without moving it.
-        metric.update(values if len(values) else values.new_zeros(1), 1.0 if len(values) else 0.0)
+        """Take values (n,) into a tag's mean; n may be 0.
+
+        Raises:
+            KeyError: if there is no such tag.
+        """
+        self._sums.update(self._places[tag], values.detach())
 
     def compute(self) -> dict[str, float]:
         """Return the means of tags that saw a value on any rank, and start afresh."""
-        found = {}
-        for tag, metric in zip(self.tags, self.metrics, strict=True):
-            assert isinstance(metric, MeanMetric)
-            if not metric.update_called:
-                self.update(tag, torch.zeros(0, device=metric.device))
-            value = metric.compute()
-            if not torch.isnan(value):
-                found[tag] = float(value)
-            metric.reset()
-        return found
+        if not self._sums.update_called:
+            self._sums.update(0, torch.zeros(0, device=self._sums.device))
+        rows = self._sums.compute().tolist()
+        self._sums.reset()
+        return {tag: total / count for tag, (total, count) in zip(self.tags, rows, strict=True) if count}

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from pgp_lightning.errors import lost_peer
 from pgp_lightning.training.callbacks import _AfterStep, write_figures
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ class FailureReport(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say what was at hand."""
         described = getattr(self._batch, "described", None)  # the batches of other data may not know themselves
-        if described is None or isinstance(exception, KeyboardInterrupt):
+        if described is None or isinstance(exception, KeyboardInterrupt) or lost_peer(exception):
             return
         what = "ran out of memory" if isinstance(exception, torch.OutOfMemoryError) else "broke off"
         place = f"rank {trainer.global_rank} {what} at optimiser step {trainer.global_step}"

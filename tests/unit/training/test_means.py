@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import socket
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from torchmetrics import MeanMetric
 
 from pgp_lightning.training.means import Means
 
@@ -21,16 +25,40 @@ def test_a_mean_weighs_every_value_alike_and_starts_afresh():
     assert means.compute() == {"kl/b": 7.0}
 
 
-def test_every_tag_is_computed_even_if_this_rank_never_met_it(monkeypatch: pytest.MonkeyPatch):
-    # With several ranks computing is collective: a rank that leaves a tag out would make the others wait for ever.
-    computed, real = [], MeanMetric.compute
-    monkeypatch.setattr(MeanMetric, "compute", lambda self: computed.append(self) or real(self))
-    means = Means(["a", "b", "c"])
-    for metric in means.metrics:
-        metric.compute = MeanMetric.compute.__get__(metric)
-    means.update("b", torch.ones(2))
-    assert means.compute() == {"b": 1.0}
-    assert len(computed) == 3
+def gather(rank: int, port: int, queue: Any) -> None:
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    exchanges, real = [], torch.distributed.all_gather
+    torch.distributed.all_gather = lambda *given, **named: exchanges.append(1) or real(*given, **named)
+    means = Means([f"tag{n}" for n in range(30)])
+    for n in range(rank, 30, 3):  # a tag of the one, of the other, of both, of none
+        means.update(f"tag{n}", torch.arange(n + 1.0) + 100 * rank)
+    found = means.compute()
+    empty = Means(["a"]).compute()
+    queue.put((rank, found, empty, len(exchanges)))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.timeout(120)
+def test_all_tags_of_all_ranks_in_one_exchange(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    ranks = [context.Process(target=gather, args=(rank, port, queue)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    results = [queue.get(timeout=100) for _ in ranks]
+    for process in ranks:
+        process.join()
+    expected = {}
+    for n in range(30):
+        values = [value + 100 * rank for rank in range(2) if n % 3 == rank for value in range(n + 1)]
+        if values:
+            expected[f"tag{n}"] = sum(values) / len(values)
+    for _, found, empty, exchanges in results:
+        assert found == pytest.approx(expected, rel=1e-12) and empty == {}
+        assert exchanges <= 4, exchanges  # shapes and values, for either object
 
 
 def test_means_are_no_part_of_checkpoints():
@@ -40,5 +68,5 @@ def test_means_are_no_part_of_checkpoints():
 
 
 def test_an_unknown_tag_is_an_error():
-    with pytest.raises(ValueError, match="not in list"):
+    with pytest.raises(KeyError, match="b"):
         Means(["a"]).update("b", torch.ones(1))
