@@ -1,4 +1,4 @@
-"""Worker processes for a source: what they share travels to each once, and none outlives the process that started it."""
+"""Worker processes: what they share travels to each once, and none outlives the process that started it."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def run_tasks(
                 yield jobs[job], job.result()
         except BrokenProcessPool as error:
             raise ConfigError(
-                "a worker process died, as it does when memory runs out: run it again with fewer workers; shards that a "
-                "build has finished are kept"
+                "a worker process died, as it does when memory runs out: run it again with fewer workers; what a build "
+                "has finished is kept"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)  # waits: who goes on must be alone with the part folder
