@@ -54,14 +54,15 @@ def test_a_record_with_its_boxes():
 
 
 def test_texts_are_no_markup_and_steer_nothing(capsys: pytest.CaptureFixture[str]):
-    shown = show_record(SOURCE, raw(turns=[{"question": EVIL, "answer": "[red]x[/red]" + "y" * 400}]))
+    question = EVIL.removesuffix("\ud800")  # half a pair would make the record one that cannot be used
+    shown = show_record(SOURCE, raw(turns=[{"question": question, "answer": "[red]x[/red]" + "y" * 400}]))
     page = Page(records_page(EVIL, [shown]))
     assert "<img src=x onerror=alert(1)>�[2J & �" in page.text and len(page.all("img")) == 1
     assert "y… (412 characters)" in page.text
     records_page(EVIL, [shown]).encode()
     print_records([shown])
     out = capsys.readouterr().out
-    assert "charts/k-1" in out and "<img src=x onerror=alert(1)>�[2J & �" in out and "[red]x[/red]" in out
+    assert "charts/k-1" in out and "<img src=x onerror=alert(1)>�[2J & " in out and "[red]x[/red]" in out
     assert "\x1b" not in out
     full = show_record(SOURCE, raw(turns=[{"question": "q", "answer": "y" * 400}]), full=True)
     assert full.turns[0].answer == "y" * 400
