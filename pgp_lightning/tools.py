@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from pgp_lightning.errors import ConfigError, DataError
+from pgp_lightning.tools_shards import add_shards
 
 __all__ = ["main"]
 
@@ -35,15 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert.add_argument("--image-token-id", type=int, help="id of <IMG_CONTEXT>, where the source has no tokenizer")
     convert.set_defaults(call=_convert)
 
-    shards = commands.add_parser("shards", help="build or verify the shards of a manifest")
-    shards.add_argument("action", choices=("build", "verify"))
-    shards.add_argument("manifest", type=Path)
-    shards.add_argument("--root", help="folder or URL of the shards, in place of the manifest's")
-    shards.add_argument("--workers", type=int, default=0, help="processes that write; 0 writes in this one")
-    shards.add_argument("--cache", type=Path, default=Path("data/cache"), help="folder for what is fetched from a URL")
-    shards.add_argument("--cache-gib", type=float, default=100.0, help="greatest size of the fetched shards")
-    shards.add_argument("--allow-pipe", action="store_true", help="accept a root pipe:COMMAND, which runs in a shell")
-    shards.set_defaults(call=_shards)
+    add_shards(commands)
 
     prune = commands.add_parser("prune", help="answer one question with all visual tokens and with few")
     prune.add_argument("--image", type=Path, help="PNG, JPEG or WebP")
@@ -131,42 +123,6 @@ def _convert(given: argparse.Namespace) -> int:
     convert_base(given.source, given.folder, given.image_token_id)
     print(f"{given.source} written to {given.folder}, every tensor read back and compared")
     return 0
-
-
-def _shards(given: argparse.Namespace) -> int:
-    from pgp_lightning.data.index import INDEX_FILE
-    from pgp_lightning.data.manifest import Manifest
-    from pgp_lightning.data.remote import ShardCache
-    from pgp_lightning.data.roots import file_inside, public
-    from pgp_lightning.data.shards import verify_source
-    from pgp_lightning.data.writing import build_summary, excess_rejects, make_source
-
-    manifest = Manifest.load(given.manifest, given.root, given.allow_pipe, given.cache)
-    building = given.action == "build"
-    if building and manifest.url is not None:
-        raise ConfigError(
-            f"shards cannot be built at {public(manifest.url)}: give --root a folder, and copy what is in it there"
-        )
-    if not 0 < given.cache_gib < math.inf:
-        raise ConfigError(f"--cache-gib must be above 0, got {given.cache_gib}")
-    cache = ShardCache(given.cache / "shards", round(given.cache_gib * 2**30), allow_pipe=given.allow_pipe)
-    if manifest.url is not None:
-        print(f"fetching every shard of {public(manifest.url)} through {cache.folder}, to check it")
-    problems = []
-    for split, sources in manifest.splits.items():
-        for source in sources:
-            if building:
-                index = make_source(source, given.workers)
-            else:
-                if source.url is not None:
-                    cache.fetch_index(file_inside(source.url, INDEX_FILE), source.folder)
-                index = verify_source(source.folder, source.url, cache)
-            print(f"{split}/{source.name}: {'there' if building else 'intact'}: {build_summary(source, index)}")
-            if building and (problem := excess_rejects(source, index)):
-                problems.append(problem)
-    for problem in problems:
-        sys.stderr.write(f"error: {problem}\n")
-    return 1 if problems else 0
 
 
 def _prune(given: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ FLOORS = {
     # 5 evaluation
     "evaluation": 5,
     # 6 doors
-    "cli": 6, "tools": 6, "doctor": 6, "doctor_data": 6, "finding": 6, "__main__": 6,
+    "cli": 6, "tools": 6, "tools_shards": 6, "doctor": 6, "doctor_data": 6, "finding": 6, "__main__": 6,
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ A record that cannot be used raises `UnusableRecord` with a short stable reason,
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -25,8 +26,18 @@ from PIL import Image
 from pgp_lightning.data.records import RawRecord, UnusableRecord, parse_text
 from pgp_lightning.vlm.tiles import TileGrid, TileRule, cut_tiles
 
-__all__ = ["Conversation", "ConversationReader", "Processor", "Turn"]
+__all__ = [
+    "Conversation",
+    "ConversationReader",
+    "Processor",
+    "Turn",
+    "limited_rule",
+    "open_image",
+    "read_turns",
+    "stated_size",
+]
 
+MAX_PIXELS = 64_000_000
 _FORMATS = ("PNG", "JPEG", "WEBP")
 # An image is a field of the record; these would become slots of images that are not there.
 _PLACEHOLDERS = ("<image>", "<IMG_CONTEXT>")
@@ -88,7 +99,7 @@ class ConversationReader:
     turns: Literal["first", "all"] = "first"
     max_length: int | None = None
     max_tiles: int | None = None
-    max_pixels: int = 64_000_000
+    max_pixels: int = MAX_PIXELS
 
     def __call__(self, raw: RawRecord, max_tiles: int | None = None) -> Conversation:
         """Read, check and tile a record.
@@ -102,8 +113,7 @@ class ConversationReader:
         """
         if raw.image is None:
             raise UnusableRecord("no-image", f"{raw.key} has no image")
-        record = _parse(raw)
-        turns = tuple(_turn(raw.key, value) for value in _selected(raw.key, record, self.turns))
+        record, turns = read_turns(raw, self.turns)
         image = self.open_image(raw.key, raw.image)
         rule = self.rule(max_tiles)
         try:
@@ -124,7 +134,7 @@ class ConversationReader:
 
     def rule(self, max_tiles: int | None = None) -> TileRule:
         """Return how images of a source are tiled at the finest."""
-        return _limited(self.processor.rule, self.max_tiles if max_tiles is None else max_tiles)
+        return limited_rule(self.processor.rule, self.max_tiles if max_tiles is None else max_tiles)
 
     @property
     def budget(self) -> int:
@@ -137,19 +147,13 @@ class ConversationReader:
         Raises:
             UnusableRecord: if it is no image, or too large.
         """
-        try:
-            image = Image.open(io.BytesIO(data), formats=_FORMATS)
-        except _IMAGE_ERRORS as error:
-            raise UnusableRecord("bad-image", f"{key}: {error}") from error
-        if image.width * image.height > self.max_pixels:
-            raise UnusableRecord("bad-image", f"{key}: {image.size} is more than {self.max_pixels} pixels")
-        return image
+        return open_image(key, data, self.max_pixels)
 
     def _tile_limit(self, key: str, turns: tuple[Turn, ...], rule: TileRule, width: int, height: int) -> int:
         """Return the greatest number of tiles with which every turn fits the length budget."""
         budget, limit, length = self.budget, rule.max_tiles, 0
         while limit >= 1:
-            grid = _limited(rule, limit).grid(width, height)
+            grid = limited_rule(rule, limit).grid(width, height)
             length = max(self.processor.prompt_length(turn.question, turn.answer, grid.tokens) for turn in turns)
             if length <= budget:
                 return limit
@@ -161,8 +165,44 @@ class ConversationReader:
 _IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
-def _limited(rule: TileRule, most: int | None) -> TileRule:
-    """Return a rule with at most so many tiles."""
+def open_image(key: str, data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open an image of a record without decoding its pixels yet.
+
+    Raises:
+        UnusableRecord: if it is no image, or too large.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except _IMAGE_ERRORS as error:
+        raise UnusableRecord("bad-image", f"{key}: {error}") from error
+    if image.width * image.height > max_pixels:
+        raise UnusableRecord("bad-image", f"{key}: {image.size} is more than {max_pixels} pixels")
+    return image
+
+
+def read_turns(raw: RawRecord, which: Literal["first", "all"]) -> tuple[dict[str, Any], tuple[Turn, ...]]:
+    """Parse a record and check its first turn, or all; its image is not looked at.
+
+    Returns:
+        The record's JSON object, and the turns.
+
+    Raises:
+        UnusableRecord: if it is no record, or a turn is none.
+    """
+    record = _parse(raw)
+    return record, tuple(_turn(raw.key, value) for value in _selected(raw.key, record, which))
+
+
+def stated_size(record: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the width and height in pixels that a record states, None if it does not, or no image can be so large."""
+    size = record.get("width"), record.get("height")
+    if all(isinstance(side, int) and not isinstance(side, bool) and 0 < side < 1 << 31 for side in size):
+        return size  # type: ignore[return-value]
+    return None
+
+
+def limited_rule(rule: TileRule, most: int | None) -> TileRule:
+    """Return a rule with at most so many tiles, the thumbnail apart; None leaves it as it is."""
     if most is None or most >= rule.max_tiles:
         return rule
     return replace(rule, min_tiles=min(rule.min_tiles, most), max_tiles=most)

@@ -11,12 +11,12 @@ rather than over any few batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import chain
 from typing import Any
 
-from pgp_lightning.data.conversation import ConversationReader
+from pgp_lightning.data.conversation import ConversationReader, stated_size
 from pgp_lightning.data.mixture import EpochPlan, Lane
 from pgp_lightning.data.records import parse_text
 from pgp_lightning.errors import DataError
@@ -57,7 +57,7 @@ class SlotEstimate:
             record: Any = parse_text(text)
             turns = record["turns"][:1] if self.reader.turns == "first" else record["turns"]
             words = max(len((turn["question"] + turn["answer"]).encode()) for turn in turns)
-            width, height = _stated(record) or size()
+            width, height = stated_size(record) or size()
             visual = self._visual(width, height, max_tiles)
         except DataError:
             raise
@@ -68,14 +68,6 @@ class SlotEstimate:
 
     def _count_visual(self, width: int, height: int, max_tiles: int | None) -> int:
         return self.reader.rule(max_tiles).grid(width, height).tokens
-
-
-def _stated(record: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return the width and height that a record states, None if it does not."""
-    size = record.get("width"), record.get("height")
-    if all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in size):
-        return size  # type: ignore[return-value]
-    return None
 
 
 def lane_batches(plan: EpochPlan, number: int, first: int, slots: Callable[[int, int], int]) -> Iterator[list[Place]]:

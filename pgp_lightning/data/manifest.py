@@ -115,7 +115,7 @@ class Source:
             if self.url:
                 remedy = f"it is fetched from {public(self.url)} when a run prepares its data"
             elif self.build:
-                remedy = "it is built when a run prepares its data, or by `pgp shards`"
+                remedy = "it is built when a run prepares its data, or by `pgp shards build`"
             raise ConfigError(
                 f"{self.manifest}: source {self.name!r} of split {self.split!r}: "
                 f"{self.folder / INDEX_FILE} does not exist: {remedy}"

@@ -198,6 +198,17 @@ class ShardReader:
             with held.path.open("rb") as file:
                 return next(_pieces(file, held, ((text, size),)))
 
+    def describe(self, shard: Shard, number: int) -> tuple[str, int | None]:
+        """Return a record's key and its image's size in bytes, None if it has none; nothing but headers is read.
+
+        Raises:
+            DataError: if the shard is not as the index promises.
+        """
+        with _held(shard, self.cache) as held:
+            table = self._table(held)
+        image, size, _, _ = table.spans[number].tolist()
+        return table.keys[number], None if image < 0 else size
+
     def _table(self, shard: Shard) -> _Table:
         """Return where a shard's records lie."""
         table = self._tables.get(shard.path)

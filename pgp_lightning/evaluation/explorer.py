@@ -18,6 +18,7 @@ from PIL import Image
 
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.evaluation import text
+from pgp_lightning.evaluation.html_page import html_table
 from pgp_lightning.evaluation.overlay import draw_heat, draw_kept
 from pgp_lightning.evaluation.report import build_report
 from pgp_lightning.evaluation.resume import finished_rows
@@ -283,21 +284,14 @@ def _method_figure(name: str, answer: Answer, image: Image.Image, grid: TileGrid
     return _figure(pictures, caption, "flip" if flipped else "same")
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = ([escape(cell) for cell in row] for row in rows)
-    lines = ["<tr><th>" + "</th><th>".join(head) + "</th></tr>"]
-    lines += ["<tr><td>" + "</td><td>".join(row) + "</td></tr>" for row in body]
-    return f"<table>{''.join(lines)}</table>"
-
-
 def _head(report: Report) -> str:
     # Inside HTML an SVG needs no namespace, and without it the file names no address at all.
     curve = report.curve().replace(' xmlns="http://www.w3.org/2000/svg"', "", 1) if len(report.rows) > 1 else ""
     notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes())
     return (
-        f'<h1>Pruning methods compared</h1><div class="sheet">{_table(report.table())}</div>'
+        f'<h1>Pruning methods compared</h1><div class="sheet">{html_table(report.table())}</div>'
         f'<ul class="notes">{notes}</ul><div class="sheet">{curve}</div>'
-        f'<h2>Accuracy by type of question, %</h2><div class="sheet">{_table(report.types_table())}</div>'
+        f'<h2>Accuracy by type of question, %</h2><div class="sheet">{html_table(report.types_table())}</div>'
     )
 
 
@@ -316,7 +310,7 @@ def _flip_counts(results: Results, report: Report, cases: Mapping[int, Sequence[
     return (
         f"<h2>Answers that pruning flipped</h2><p>Lost: right with all tokens, wrong with the kept ones; gained: the "
         f"other way round. At most {most} are chosen for each method, by turns from all types and both directions.</p>"
-        f'<div class="sheet">{_table(rows)}</div><p class="notes">Beside each image: where it is '
+        f'<div class="sheet">{html_table(rows)}</div><p class="notes">Beside each image: where it is '
         "clear, a kept token of a tile covers it, or one of the thumbnail, outlined in orange. Then the importance, "
         "dark blue to light yellow, the thumbnail's as small squares. A blue bar marks the methods that flipped.</p>"
     )

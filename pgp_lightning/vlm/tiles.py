@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-__all__ = ["TileGrid", "TileRule", "cut_tiles"]
+__all__ = ["TileGrid", "TileRule", "as_rgb", "cut_tiles"]
 
 MOST_NARROW = 100  # greatest ratio of sides with `crop`, which would blow a sliver up to gigabytes
 MOST_PADDED = 10_000  # greatest side with `pad`, for the same reason: the square is made in memory
@@ -203,6 +203,11 @@ def cut_tiles(image: Image.Image, rule: TileRule, max_tiles: int | None = None) 
     """
     if max_tiles is not None:
         rule = replace(rule, min_tiles=min(rule.min_tiles, max_tiles), max_tiles=max_tiles)
+    return rule.cut(as_rgb(image))
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Convert any PIL image to RGB; 16-bit greys are scaled to 8 bits."""
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
-    return rule.cut(image.convert("RGB"))
+    return image.convert("RGB")

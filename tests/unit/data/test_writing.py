@@ -247,6 +247,7 @@ def test_what_a_reader_would_refuse_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attributes: dict[str, Any], reason: str
 ) -> None:
     monkeypatch.setattr(shard_writing, "MAX_MEMBER_BYTES", 100)
+    monkeypatch.setattr(shard_writing, "MAX_TEXT_BYTES", 100)
     with pytest.raises(DataError, match=f"none of 1 records is usable: {reason} 1"):
         write_source(tmp_path / "a", odd(1, **attributes), progress=False)
     assert records.MAX_MEMBER_BYTES == 64 << 20

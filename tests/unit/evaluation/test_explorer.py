@@ -7,7 +7,6 @@ import hashlib
 import io
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -20,40 +19,10 @@ from pgp_lightning.evaluation.overlay import draw_kept
 from pgp_lightning.evaluation.report import build_report
 from pgp_lightning.evaluation.scoring import Scene, load_results
 from pgp_lightning.vlm.tiles import TileGrid
+from tests.html_reader import Page
 from tests.unit.evaluation.results_made import FULL, GRID, answer, answers, comparison, write
 
-VOID = {"meta", "img", "br", "link", "input", "hr"}
 EVIL = '</script><script>alert("1")</script><img src=x onerror=alert(1)>'
-
-
-class Page(HTMLParser):
-    """Elements, their attributes and texts; complains about what is not closed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.texts: list[str] = []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
 
 
 def image_of(scene: Scene) -> Image.Image:
