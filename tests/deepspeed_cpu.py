@@ -1,14 +1,19 @@
-"""DeepSpeed on CPU processes: Lightning's strategy, without its insistence on CUDA."""
+"""DeepSpeed on CPU processes: Lightning's strategy, without its insistence on CUDA; and a look at how it starts."""
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
-__all__ = ["CPUDeepSpeed"]
+from pgp_lightning.training.sharded import whole_weights
+
+__all__ = ["CPUDeepSpeed", "Start"]
 
 
 class CPUDeepSpeed(DeepSpeedStrategy):
@@ -34,3 +39,16 @@ class CPUDeepSpeed(DeepSpeedStrategy):
     def setup_distributed(self) -> None:
         self.set_world_ranks()
         self._init_deepspeed_distributed()
+
+
+class Start(Callback):
+    """Writes the size of the adapter's factors, as training starts, into `start.json`."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        names = [name for name, weight in pl_module.named_parameters() if weight.requires_grad]
+        weights = whole_weights(pl_module, names)
+        sizes = {
+            part: sum(float(w.abs().sum()) for n, w in weights.items() if part in n) for part in ("lora_A", "lora_B")
+        }
+        if trainer.is_global_zero:
+            (Path(trainer.default_root_dir) / "start.json").write_text(json.dumps(sizes))

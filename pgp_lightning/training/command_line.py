@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from pgp_lightning.errors import ConfigError, DataError
@@ -265,11 +266,28 @@ class RunCLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, GlobalBatch):
                 callback.settle(self.trainer, int(self.datamodule.batch_size))
+        if self.checkpoint is not None and Path(self.checkpoint).exists():
+            self._check_strategy(Path(self.checkpoint))
         before, now = (self.own_record or {}).get("micro_batches"), RunRecord.micro_batches(self.trainer)
         if before is not None and before != now:
             raise ConfigError(
                 f"the run took {before} micro-batches per optimiser step, now it would take {now}: let "
                 "trainer.accumulate_grad_batches times the number of processes be the same"
+            )
+
+    def _check_strategy(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint that the strategy cannot read."""
+        strategy = self.trainer.strategy
+        folders = isinstance(strategy, DeepSpeedStrategy)
+        if checkpoint.is_dir() and not isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy):
+            raise ConfigError(
+                f"{checkpoint} is a folder of shards, which {type(strategy).__name__} cannot read: continue with the "
+                "strategy that wrote it; `pgp export` makes a guide of it as it is"
+            )
+        if checkpoint.is_file() and folders:
+            raise ConfigError(
+                f"{checkpoint} is one file, and {type(strategy).__name__} continues from its own folders of shards: "
+                "continue with the strategy that wrote it"
             )
 
     @rank_zero_only

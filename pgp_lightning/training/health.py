@@ -15,7 +15,7 @@ from torch.distributions import Normal, kl_divergence
 from pgp_lightning.bottleneck import GaussianBottleneck
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.training.callbacks import _AfterStep, event_step, write_figures
-from pgp_lightning.training.sharded import gathered
+from pgp_lightning.training.sharded import whole
 
 if TYPE_CHECKING:
     from pgp_lightning.training.pgp import StepRecord
@@ -113,6 +113,6 @@ def channel_divergence(step: StepRecord, bottleneck: GaussianBottleneck) -> Tens
     """Return the mean divergence of each channel over the step's visual tokens (Eq. 2 before its mean): (d,)."""
     mean, log_variance = step.posterior.mean[step.mask], step.posterior.log_variance[step.mask]
     own = Normal(mean, (0.5 * log_variance).exp(), validate_args=False)
-    with gathered([bottleneck.prior_mean, bottleneck.prior_log_variance]):
-        spread = (0.5 * bottleneck.prior_log_variance.float()).exp()
-        return kl_divergence(own, Normal(bottleneck.prior_mean.float(), spread, validate_args=False)).mean(dim=0)
+    prior_mean, prior_log_variance = whole(bottleneck.prior_mean), whole(bottleneck.prior_log_variance)
+    spread = (0.5 * prior_log_variance.float()).exp()
+    return kl_divergence(own, Normal(prior_mean.float(), spread, validate_args=False)).mean(dim=0)

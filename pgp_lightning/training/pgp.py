@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -20,7 +21,7 @@ from pgp_lightning.guides.posterior import BottleneckPass, PosteriorGuide, Recon
 from pgp_lightning.objective import Average, divergence_loss, objective, reconstruction_loss
 from pgp_lightning.selection import recall
 from pgp_lightning.training.means import Means
-from pgp_lightning.training.sharded import gathers_for
+from pgp_lightning.training.sharded import gathers_for, shard_guide
 
 __all__ = ["PGP", "StepRecord"]
 
@@ -119,6 +120,11 @@ class PGP(pl.LightningModule):
             if split == "test":
                 tags += [f"recall@{p}/{control}" for p in RATIOS for control in ("another_question", "random")]
             self.means[f"{split}_means"] = Means(tags)
+
+    def configure_model(self) -> None:
+        """Deal the weights to the processes, where the strategy leaves that to the module (FSDP2)."""
+        if isinstance(strategy := self.trainer.strategy, ModelParallelStrategy):
+            shard_guide(self.guide, strategy.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
         """Let the guide reach its prior, which its divergence reads outside of the bottleneck's forward pass."""
@@ -335,14 +341,15 @@ class PGP(pl.LightningModule):
             )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401
-        """Load trainable weights; all of them must be there, and nothing else.
+        """Load trainable weights; all of them must be there, and no others but frozen ones (DeepSpeed adds tied ones).
 
         Raises:
             ConfigError: names the first weights that are missing, too many or of another shape.
         """
         own = {f"guide.{name}": tuple(value.shape) for name, value in self.guide.trainable().items()}
         given = {name: tuple(value.shape) for name, value in state_dict.items()}
-        wrong = sorted({name for name, _ in own.items() ^ given.items()})
+        frozen = self.state_dict().keys() - own.keys()
+        wrong = sorted({name for name, _ in own.items() ^ given.items()} - frozen)
         if wrong:
             raise ConfigError(
                 f"the checkpoint's weights are not this guide's: {', '.join(wrong[:3])} and {max(0, len(wrong) - 3)} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from pgp_lightning.training.run import CONSOLIDATED, RECORD
+from pgp_lightning.training.run import CONSOLIDATED, RunRecord
 from pgp_lightning.training.sharded import whole_weights
 from pgp_lightning.vlm.shard_files import sync_path
 
@@ -33,8 +34,6 @@ class StepCheckpoint(ModelCheckpoint):
     it was not finished and is no checkpoint.
     """
 
-    _content: dict[str, Any]
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
     ) -> None:
@@ -48,10 +47,6 @@ class StepCheckpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         return self.last_model_path
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remember what is about to be saved."""
-        self._content = checkpoint
-
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         whole = Path(filepath) / CONSOLIDATED
         if trainer.is_global_zero and whole.parent.is_dir():
@@ -60,12 +55,18 @@ class StepCheckpoint(ModelCheckpoint):
         super()._save_checkpoint(trainer, filepath)
         if not whole.parent.is_dir():
             return
-        weights = whole_weights(trainer.lightning_module, list(self._content["state_dict"]))
+        # What a checkpoint of these weights holds beside the shards: the module and the run's record say.
+        module = trainer.lightning_module
+        names = dict.fromkeys(name for name, _ in chain(module.named_parameters(), module.named_buffers()))
+        content: dict[str, Any] = {"global_step": trainer.global_step, "state_dict": names}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RunRecord):
+                callback.on_save_checkpoint(trainer, module, content)
+        module.on_save_checkpoint(content)
+        content["state_dict"] = whole_weights(module, content["state_dict"])
         trainer.strategy.barrier()  # all shards are written
         if trainer.is_global_zero:
-            record = {"global_step", "base_fingerprint", RECORD} & self._content.keys()
-            kept = {key: self._content[key] for key in sorted(record)}
-            _write(whole, {**kept, "state_dict": weights})
+            _write(whole, content)
         trainer.strategy.barrier()
 
 
