@@ -314,7 +314,10 @@ def write_mixture(folder: Path, records: int, seed: int = 0) -> dict[str, Any]:
 
 def _entry(style: Style, tally: Tally, file: Path, images: Path, samples_per_shard: int) -> dict[str, Any]:
     """Return a source's entry in the manifest."""
-    left_out, too_long = tally.rejected.total() / tally.records, 2 * len(tally.long) / tally.usable  # by chance in heaps
+    left_out, too_long = (
+        tally.rejected.total() / tally.records,
+        2 * len(tally.long) / tally.usable,
+    )  # by chance in heaps
     arguments = {"annotations": str(file), "images": str(images)}
     return {
         "name": style.name,

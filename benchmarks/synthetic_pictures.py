@@ -27,11 +27,11 @@ _ORIENTATION = 0x0112
 def write_pool(folder: Path, number: int, rng: random.Random) -> dict[str, tuple[int, int]]:
     """Write a number of pictures and return path inside the folder -> width and height in pixels.
 
-    Most are small; the first is the smallest of all, the second the largest.
+    Most are small; the first is the smallest of all, and of fifty or more the second is the largest.
     """
     pool = {}
     for index in range(number):
-        size = (SMALLEST, LARGEST)[index] if index < 2 else _size(rng)
+        size = SMALLEST if index == 0 else LARGEST if index == 1 and number >= 50 else _size(rng)
         # Upstream's folders have folders, spaces and names that are not ASCII.
         name = f"{index % 7:02d}/{'图 ' if index % 11 == 3 else ''}{index:06d}{KINDS[index % len(KINDS)]}"
         path = folder / name
