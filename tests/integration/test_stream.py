@@ -142,6 +142,7 @@ def test_a_stream_killed_at_random_moments(mixture: Built, tmp_path: Path, kills
         # It goes on behind the last batch, or at it, if the process was killed before its state was saved.
         assert run[0] in ((0,) if first == 0 else (order[first - 1], order[first - 1] + 1))
     assert order[-1] == until - 1
+    assert json.loads(Path(job["state"]).read_text())["global_batches"] == until
     print(f"{kills} kills; {len(found) - until} of {until} micro-batches were delivered again")
     deadline = time.monotonic() + 30
     while left := processes(log):  # of any of the killed
