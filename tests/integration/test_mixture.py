@@ -62,7 +62,8 @@ def check_fit(built: Built, root: Path, out: str, steps: int) -> None:
         else:
             assert key == due
     counted = {name: int(n) for name, n in re.findall(r"(\w+)/too-long (\d+)", out)}
-    assert counted == replaced and f"{replaced.total()} records could not be used" in out
+    assert counted == replaced
+    assert (f"{replaced.total()} records could not be used" in out) == bool(replaced)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def test_fifty_thousand_records(tmp_path: Path) -> None:
     print({name: round(seconds, 1) for name, seconds in built.seconds.items()})
     print(built.said["build"])
     check_shards(built)
-    steps = 8
+    steps = 20
     config = write_config(tmp_path, fit_config(built.manifest, steps, "embedded:guide"))
     command = ["-m", "pgp_lightning", "fit", "--config", str(config), f"--trainer.default_root_dir={tmp_path / 'run'}"]
     check_fit(built, tmp_path / "run", run(*command), steps)
