@@ -44,7 +44,8 @@ def main() -> None:
     loader = TrainingLoader(mixture, reader, 2 * mixture.batches_per_epoch, workers=given.workers)
     loader.load_state_dict({**loader.state_dict(), "global_batches": batch})
     planned = time.perf_counter()
-    next(iter(loader))
+    batches = iter(loader)
+    next(batches)
     end = time.perf_counter()
     print(
         f"micro-batch {batch:,} of {mixture.batches_per_epoch:,} ({given.at:.0%} of an epoch of {sum(mixture.takes):,} "
