@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from pgp_lightning.data.parent_watch import end_with_parent
 from pgp_lightning.errors import ConfigError
 
 __all__ = ["run_tasks"]
@@ -57,15 +56,7 @@ def _begin(shared: Any) -> None:  # noqa: ANN401 the pool knows no more
     # Ctrl-C reaches all processes of a terminal: the one that started this one decides, and what is in work gets done.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _shared[:] = [shared]
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    # A pool's idle workers wait for tasks for ever when the process that would send them was killed.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    end_with_parent()  # idle workers of a pool wait for tasks for ever
 
 
 def _call(work: Callable[..., Any], task: Any) -> Any:  # noqa: ANN401 the pool knows no more

@@ -105,8 +105,9 @@ class InstructionRecords:
         key = f"{self._stem}-{index:08d}"
         try:
             source = self._lines.read(index)
+            image = _image_path(source)  # first: several images have as many placeholders, which would be bad text
             record: dict[str, Any] = _conversation(source)
-            picture = check_picture(self._images.read(_image_path(source)), self.max_pixels)
+            picture = check_picture(self._images.read(image), self.max_pixels)
             self._place_boxes(source, record, picture)
         except UnusableRecord as error:
             raise UnusableRecord(error.reason, error.detail, key) from error

@@ -20,6 +20,7 @@ from pgp_lightning.data.batches import BatchRange, EvaluationBatches, Failure, P
 from pgp_lightning.data.collate import Batch
 from pgp_lightning.data.conversation import ConversationReader
 from pgp_lightning.data.mixture import Mixture, StreamSource, check_topology
+from pgp_lightning.data.parent_watch import end_with_parent
 from pgp_lightning.data.rejects import RejectTally, rejects_by_source
 from pgp_lightning.data.remote import ShardCache
 from pgp_lightning.errors import ConfigError
@@ -47,7 +48,7 @@ def _deliver(dataset: BatchRange, workers: int, pin_memory: bool, tally: RejectT
         # Not fork: a process with threads (gloo, Lightning) may hang in it.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-        options = {"multiprocessing_context": context, "prefetch_factor": 2}
+        options = {"multiprocessing_context": context, "prefetch_factor": 2, "worker_init_fn": end_with_parent}
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin_memory, **options)
     with _signals_blocked():
         parcels: Iterable[Parcel] = iter(loader)

@@ -108,6 +108,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("text-only", raw(image=[])),
     ("text-only", {"conversations": turns()}),
     ("several-images", raw(image=["one.png", "one.png"])),
+    ("several-images", raw(image=["one.png", "one.png"], conversations=turns("1: <image>\n2: <image>\nWhich?"))),
     ("video", {"video": "one.mp4", "conversations": turns()}),
     ("missing-image", raw(image="two.png")),
     ("missing-image", raw(image=".")),
