@@ -47,7 +47,8 @@ def _deliver(dataset: BatchRange, workers: int, pin_memory: bool, tally: RejectT
     if workers:
         # Not fork: a process with threads (gloo, Lightning) may hang in it.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        # What a worker needs to unpickle its reader is imported once, in the server.
+        context.set_forkserver_preload([__name__, "pgp_lightning.vlm.processor"])
         options = {"multiprocessing_context": context, "prefetch_factor": 2, "worker_init_fn": end_with_parent}
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin_memory, **options)
     with _signals_blocked():
