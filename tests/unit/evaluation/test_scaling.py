@@ -6,6 +6,7 @@ import multiprocessing
 import socket
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from pgp_lightning.errors import ConfigError
@@ -79,6 +81,24 @@ def test_trained_bytes_are_those_of_a_real_guide(tiny_base: str, rank: int):
     trained = [p for p in guide.parameters() if p.requires_grad]
     assert {p.dtype for p in trained} == {torch.float32}
     assert Workload(guide.vlm.model.config, rank=rank).trained == sum(p.numel() * p.element_size() for p in trained)
+
+
+def test_adapter_and_bottleneck_are_computed_in_float32_beside_a_half_precision_base(tiny_base: str):
+    products: Counter[tuple[bool, torch.dtype]] = Counter()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                a, b = args[-2:]
+                products[5 in (*a.shape, *b.shape), a.dtype] += 1  # 5: a rank that no other size equals
+            return func(*args, **(kwargs or {}))
+
+    guide = make(tiny_base, dtype="bfloat16", lora_rank=5)
+    with Watch():
+        Step(guide)().backward()
+    assert products[True, torch.float32] and not products[True, torch.bfloat16]
+    # The bottleneck's four layers, forward and twice backward; all others are the base's.
+    assert products[False, torch.float32] == 12 and products[False, torch.bfloat16] > 12
 
 
 def test_trained_parameters_of_the_papers_guide(paper: Workload):
