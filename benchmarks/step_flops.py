@@ -1,8 +1,6 @@
-"""What a training step of the posterior guide computes and holds: floating-point operations and live tensors.
+"""What a training step of the posterior guide really computed and held: floating-point operations and live tensors.
 
-Closed forms, and counters of what really ran to hold them against. As torch's counter does, a multiply-add counts 2,
-matrix products, convolutions and attention count, everything else does not, and causal attention counts like full
-attention.
+Counters, for the closed forms of `pgp_lightning/evaluation/training_flops.py` to be held against.
 """
 
 from __future__ import annotations
@@ -11,113 +9,17 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import InternVLConfig
 
+from pgp_lightning.evaluation.training_flops import Flops
 from pgp_lightning.guides.posterior import PosteriorGuide
 
-__all__ = ["PARTS", "Flops", "LiveBytes", "Shape", "closed_form", "count_flops"]
-
-PARTS = ("tower", "projector", "decoder, pass 1", "decoder, pass 2", "adapter", "head", "bottleneck")
-Flops = dict[str, tuple[int, int]]
-"""Forward and backward FLOPs of every part."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The lengths of a step on one sample.
-
-    Attributes:
-        tiles: tiles of the image.
-        towers: how often the vision tower runs.
-        visual: visual tokens.
-        first: prompt slots of the bottleneck pass.
-        second: prompt slots of the reconstruction pass.
-        first_logits: prompt slots of the bottleneck pass that get logits; nothing reads them.
-        second_logits: prompt slots of the reconstruction pass that get logits.
-        checkpointing: whether decoder layers run again in the backward pass.
-    """
-
-    tiles: int
-    towers: int
-    visual: int
-    first: int
-    second: int
-    first_logits: int
-    second_logits: int
-    checkpointing: bool = False
-
-
-def closed_form(config: InternVLConfig, rank: int, shape: Shape) -> Flops:
-    """Compute the FLOPs of a step with a frozen base, an adapter of some rank and a two-layer bottleneck.
-
-    A frozen linear layer has no weight gradient: its backward pass costs as much as its forward pass, and nothing where
-    its input needs no gradient either. That is so in the tower, and in the first layer's q, k and v of the bottleneck
-    pass, since embeddings and visual tokens are constants there.
-    """
-    vision: Any = config.vision_config
-    text: Any = config.text_config
-    width, layers = text.hidden_size, text.num_hidden_layers
-    head_width = getattr(text, "head_dim", None) or width // text.num_attention_heads
-    queries, keys = text.num_attention_heads * head_width, text.num_key_value_heads * head_width
-    # What a decoder layer's linear layers map: from, to.
-    into = [(width, queries), (width, keys), (width, keys)]
-    after = [(queries, width), *[(width, text.intermediate_size)] * 2, (text.intermediate_size, width)]
-
-    def base(linears: list[tuple[int, int]], slots: int) -> int:
-        return sum(2 * slots * a * b for a, b in linears)
-
-    def down(linears: list[tuple[int, int]], slots: int) -> int:
-        return sum(2 * slots * a * rank for a, _ in linears)
-
-    def up(linears: list[tuple[int, int]], slots: int) -> int:
-        return sum(2 * slots * rank * b for _, b in linears)
-
-    def decoder(slots: int, constant_input: bool) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Return (forward, backward) of the frozen base with attention, and of the adapter."""
-        attention = 4 * slots**2 * queries
-        forward = layers * (base(into + after, slots) + attention)
-        # Two products forward; backward, the scores again and the gradients of scores, values, queries and keys.
-        backward = layers * (base(into + after, slots) + attention * 5 // 2)
-        adapter = layers * (down(into + after, slots) + up(into + after, slots))
-        adapter_backward = 2 * adapter
-        if constant_input:
-            backward -= base(into, slots)
-            adapter_backward -= down(into, slots)
-        if shape.checkpointing:
-            backward += forward
-            # Recomputing a layer stops at the last tensor that was saved: the input of its last product.
-            adapter_backward += adapter - layers * up(after[-1:], slots)
-        return (forward, backward), (adapter, adapter_backward)
-
-    # Under checkpointing, transformers and peft have embeddings ask for gradients (reentrant checkpoints need it).
-    first, first_adapter = decoder(shape.first, constant_input=not shape.checkpointing)
-    second, second_adapter = decoder(shape.second, constant_input=False)
-    logit = 2 * width * text.vocab_size
-    heads = 4 * 2 * shape.visual * width**2
-    runs = shape.towers * shape.tiles
-    channels, patches = vision.hidden_size, config.image_seq_length * 4
-    merged = channels * 4
-    patch = 2 * patches * channels * vision.num_channels * vision.patch_size[0] * vision.patch_size[1]
-    places = patches + 1
-    products = 4 * 2 * places * channels**2 + 2 * 2 * places * channels * vision.intermediate_size
-    tower = patch + vision.num_hidden_layers * (products + 4 * places**2 * channels)
-    projector = 2 * config.image_seq_length * (merged * width + width**2)
-    return {
-        "tower": (runs * tower, 0),
-        "projector": (runs * projector, 0),
-        "decoder, pass 1": first,
-        "decoder, pass 2": second,
-        "adapter": (first_adapter[0] + second_adapter[0], first_adapter[1] + second_adapter[1]),
-        "head": ((shape.first_logits + shape.second_logits) * logit, shape.second_logits * logit),
-        "bottleneck": (heads, 2 * heads),
-    }
+__all__ = ["LiveBytes", "count_flops"]
 
 
 def count_flops(guide: PosteriorGuide, rank: int, step: Callable[[], Tensor]) -> Flops:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass, field
 
-from step_flops import PARTS, Flops, Shape
+from pgp_lightning.evaluation.training_flops import PARTS, Flops, Shape
 
 __all__ = ["Measured", "agrees", "print_costs", "print_counts", "ratios"]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from step_flops import LiveBytes, Shape, closed_form, count_flops
+from step_flops import LiveBytes, count_flops
 from step_report import Measured, agrees, print_costs, print_counts, ratios
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
@@ -28,6 +28,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, Inter
 from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast
 
 from pgp_lightning.embedded.pair import build_model, build_processor
+from pgp_lightning.evaluation.training_flops import Shape, training_flops
 from pgp_lightning.guides.posterior import PosteriorGuide
 from pgp_lightning.objective import divergence_loss, objective, reconstruction_loss
 from pgp_lightning.vlm.internvl import InternVL
@@ -231,7 +232,7 @@ class Bench:
         else:
             peak = torch.cuda.max_memory_allocated()
         shape = shape_of(self.guide, self.sample, variant)
-        return Measured(shape, closed_form(self.guide.vlm.model.config, RANK, shape), counted, peak, start)
+        return Measured(shape, training_flops(self.guide.vlm.model.config, RANK, shape), counted, peak, start)
 
     def time(self, variant: str) -> tuple[float, float]:
         """Time a step, forward and backward: seconds, and processor seconds of all threads."""

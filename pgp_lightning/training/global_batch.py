@@ -7,7 +7,34 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from pgp_lightning.errors import ConfigError
 
-__all__ = ["GlobalBatch"]
+__all__ = ["GlobalBatch", "micro_batches"]
+
+
+def micro_batches(records: int, processes: int, batch_size: int) -> int:
+    """Return how many micro-batches of each process make an optimiser step of so many records.
+
+    Args:
+        records: of an optimiser step, over all processes.
+        processes: that share them.
+        batch_size: records of a micro-batch.
+
+    Raises:
+        ConfigError: if the records cannot be dealt to the processes, or not in such micro-batches.
+    """
+    each, rest = divmod(records, processes)
+    if rest:
+        fitting = ", ".join(str(n) for n in range(1, records + 1) if records % n == 0)
+        raise ConfigError(
+            f"{records} records per optimiser step cannot be dealt to {processes} processes: use one of {fitting} "
+            "processes, or change the records of GlobalBatch"
+        )
+    if each % batch_size:
+        fitting = ", ".join(str(n) for n in range(1, each + 1) if each % n == 0)
+        raise ConfigError(
+            f"{records} records per optimiser step are {each} for each of {processes} processes, which "
+            f"data.batch_size {batch_size} does not divide: set data.batch_size to one of {fitting}"
+        )
+    return each // batch_size
 
 
 class GlobalBatch(Callback):
@@ -37,21 +64,8 @@ class GlobalBatch(Callback):
         Raises:
             ConfigError: if the records cannot be dealt to the processes, or the trainer was told otherwise.
         """
-        ranks = max(1, int(trainer.world_size))
-        each, rest = divmod(self.records, ranks)
-        if rest:
-            fitting = ", ".join(str(n) for n in range(1, self.records + 1) if self.records % n == 0)
-            raise ConfigError(
-                f"{self.records} records per optimiser step cannot be dealt to {ranks} processes: use one of {fitting} "
-                "processes, or change the records of GlobalBatch"
-            )
-        if each % batch_size:
-            fitting = ", ".join(str(n) for n in range(1, each + 1) if each % n == 0)
-            raise ConfigError(
-                f"{self.records} records per optimiser step are {each} for each of {ranks} processes, which "
-                f"data.batch_size {batch_size} does not divide: set data.batch_size to one of {fitting}"
-            )
-        wanted, given = each // batch_size, int(trainer.accumulate_grad_batches)
+        wanted = micro_batches(self.records, max(1, int(trainer.world_size)), batch_size)
+        given = int(trainer.accumulate_grad_batches)
         if given not in (1, wanted):
             raise ConfigError(
                 f"trainer.accumulate_grad_batches is {given}, for {self.records} records per optimiser step it has to "

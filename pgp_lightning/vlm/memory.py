@@ -32,6 +32,7 @@ __all__ = [
     "prune_memory",
     "table",
     "tokens_per_tile",
+    "trained_parameters",
 ]
 
 GIB = 2**30
@@ -121,6 +122,14 @@ def parameters(config: Config) -> int:
         return sum(p.numel() for p in build(copy.deepcopy(config)).parameters())
 
 
+def trained_parameters(config: Config, lora_rank: int = 32, head_layers: Literal[1, 2] = 2) -> int:
+    """Count what posterior-guided pruning trains: the adapter on all seven projections, and the bottleneck."""
+    text = _Text(config)
+    with torch.device("meta"):
+        bottleneck = GaussianBottleneck(text.width, head_layers=head_layers)
+    return lora_rank * text.layers * text.adapter + sum(p.numel() for p in bottleneck.parameters())
+
+
 def device_memory(device: torch.device) -> tuple[str, int]:
     """Return a device's name and memory in bytes; a CPU has the machine's, or what a container may use of it."""
     if device.type == "cuda":
@@ -170,9 +179,7 @@ def fit_memory(
         attention: implementation of transformers.
     """
     text, size = _Text(config), dtype.itemsize
-    with torch.device("meta"):
-        bottleneck = GaussianBottleneck(text.width, head_layers=head_layers)
-    trained = lora_rank * text.layers * text.adapter + sum(p.numel() for p in bottleneck.parameters())
+    trained = trained_parameters(config, lora_rank, head_layers)
     visual = round(visual_share * tiles * tokens_per_tile(config))
     slots = rows * (visual + text_slots)
     layer = slots * text.kept(size, lora_rank) + text.square(rows, visual + text_slots, attention, size)
