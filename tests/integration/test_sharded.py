@@ -162,6 +162,36 @@ def test_a_checkpoint_of_another_strategy_is_refused(config: Path, single: Path,
     assert done.returncode == 2 and "is one file" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--trainer.callbacks+=GlobalBatch", "--trainer.callbacks.records=5"],
+            "5 records per optimiser step cannot be",
+        ),
+        (
+            ["--trainer.callbacks+=GlobalBatch", "--trainer.callbacks.records=6"],
+            "batch_size 2 does not divide: set data",
+        ),
+        (["--data.init_args.workers=3"], "lanes"),
+        (["--model.init_args.guide.init_args.attention=flash_attention_2"], "flash"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_training(
+    config: Path, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    common = [
+        "--trainer.devices=2",
+        "--trainer.accumulate_grad_batches=1",
+        f"--trainer.default_root_dir={tmp_path}/run",
+    ]
+    done = fit("--config", str(config), *common, *arguments)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert lines and all(words in line for line in lines), lines
+    assert not read_trace(tmp_path / "run")
+
+
 @pytest.mark.parametrize("strategy", ["one_gpu", "ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs here")
 def test_an_overlay_for_gpus_is_refused_where_there_are_none(strategy: str, tmp_path: Path) -> None:
