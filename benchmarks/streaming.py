@@ -154,8 +154,9 @@ def variants_of(bench: Bench, others: dict[str, Make], workers: int) -> dict[str
     loaders: dict[str, Make] = {
         "ours": partial(ours, bench, 1),
         f"ours, groups of {GROUP}": partial(ours, bench, GROUP),
+        **others,
     }
-    found |= {name: Variant(partial(make, 0), limit="bare") for name, make in (loaders | others).items()}
+    found |= {name: Variant(partial(make, 0), limit="bare") for name, make in loaders.items()}
     if workers:
         found[many] = Variant(in_workers, workers, many)
         for name, make in loaders.items():

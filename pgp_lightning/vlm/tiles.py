@@ -205,4 +205,5 @@ def cut_tiles(image: Image.Image, rule: TileRule, max_tiles: int | None = None) 
         rule = replace(rule, min_tiles=min(rule.min_tiles, max_tiles), max_tiles=max_tiles)
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
-    return rule.cut(image.convert("RGB"))
+    # Converting what is RGB already would copy it.
+    return rule.cut(image if image.mode == "RGB" else image.convert("RGB"))

@@ -68,6 +68,15 @@ def test_the_script_measures_every_variant_on_the_same_pixels(benchmark, records
         assert (f"{name}: not installed, left out" in printed) != any(one.startswith(name) for one in speed["variants"])
 
 
+def test_every_loader_is_measured_with_workers_too(benchmark, records):
+    others = {"another": lambda workers: iter([range(workers)])}
+    variants = benchmark.variants_of(bench_of(benchmark, records), others, 2)
+    for name in ("bare", "ours", "ours, groups of 8", "another"):
+        assert variants[name].limit == "bare" and variants[name].workers == 0
+        assert variants[f"{name}, 2 workers"].limit == "bare, 2 workers" and variants[f"{name}, 2 workers"].workers == 2
+    assert [list(variants[name].make()) for name in ("another", "another, 2 workers")] == [[range(0)], [range(2)]]
+
+
 def test_a_variant_that_does_other_work_is_refused(benchmark, records):
     bench = bench_of(benchmark, records)
     coarse = replace(bench, reader=replace(bench.reader, max_tiles=1))
