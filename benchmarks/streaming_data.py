@@ -21,7 +21,7 @@ __all__ = ["LANES", "SHARDS", "Pictures", "in_memory", "mix", "write_sources"]
 
 SHARDS = 32  # of equal size, so that loaders that deal shards to their workers deal them evenly
 LANES = 64
-_PHOTOS = ((640, 480), (640, 427), (480, 640), (640, 480), (640, 425), (500, 375))
+_PHOTOS = ((640, 480), (640, 427), (480, 640), (640, 360), (612, 612), (500, 375))
 # Source -> shards, sizes of the pictures, words of an answer (least, most).
 _SOURCES: dict[str, tuple[int, tuple[tuple[int, int], ...], tuple[int, int]]] = {
     "questions": (20, _PHOTOS, (1, 8)),
