@@ -40,6 +40,7 @@ def loader_options(workers: int) -> dict[str, Any]:
     if not workers:
         return {"num_workers": 0}
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pgp_lightning.data.loader"])
     return {"num_workers": workers, "multiprocessing_context": context, "prefetch_factor": 2}
 
 

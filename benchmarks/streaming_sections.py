@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 _TICK = os.sysconf("SC_CLK_TCK")
-_RESTARTS = 5
+_RESTARTS = 3
 
 
 @dataclass(frozen=True)
