@@ -42,7 +42,6 @@ from pgp_lightning.data.conversation import ConversationReader
 from pgp_lightning.data.loader import TrainingLoader
 from pgp_lightning.data.mixture import StreamSource
 from pgp_lightning.data.records import RawRecord
-from pgp_lightning.vlm.loading import load_processor
 from pgp_lightning.vlm.tiles import cut_tiles
 
 GROUP = 8  # batches of a lane that are sorted together
@@ -295,6 +294,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    from pgp_lightning.vlm.loading import load_processor  # not above: workers read this file, and it imports models
+
     processor = load_processor(given.base)
     if given.tile_size:
         side, most = given.tile_size // 28, given.max_tiles
