@@ -62,6 +62,11 @@ class BatchRange(IterableDataset[Parcel]):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         return range(self.first + worker, self.stop, workers)
 
+    @property
+    def shared(self) -> bool:
+        """Whether batches go to another process."""
+        return get_worker_info() is not None
+
     def batches(self) -> Iterator[Batch | Nothing]:
         """Make the batches that are this process's."""
         raise NotImplementedError
@@ -175,7 +180,7 @@ class TrainingBatches(BatchRange):
                 self._item(records, orders[source], candidates, index, rejected)
                 for index, (source, candidates) in enumerate(next(lanes[lane]), start=batch * mixture.batch_size)
             ]
-            yield collate(items, epoch, rejected)
+            yield collate(items, epoch, rejected, self.shared)
 
     def _item(
         self, records: _Records, order: SourceOrder, candidates: Iterator[int], index: int, rejected: Counter[str]
@@ -234,7 +239,7 @@ class EvaluationBatches(BatchRange):
                 items.append(Item(conversation, source.name, self.offsets[which] + position))
             if not items and self.ranks > 1:  # a rank that skips a batch would leave the others waiting for it
                 raise DataError(f"no record of an evaluation batch can be used ({dict(rejected)}): use larger batches")
-            yield collate(items, rejected=rejected) if items else Nothing(dict(rejected))
+            yield collate(items, rejected=rejected, shared=self.shared) if items else Nothing(dict(rejected))
 
 
 def _in_order(source: StreamSource, position: int) -> tuple[Shard, int]:

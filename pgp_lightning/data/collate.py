@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.multiprocessing import get_sharing_strategy
 
 from pgp_lightning.data.conversation import Conversation
 from pgp_lightning.vlm.request import Request
@@ -107,13 +108,16 @@ class Batch:
         return replace(self, request=request)
 
 
-def collate(items: Sequence[Item], epoch: int = 0, rejected: Mapping[str, int] | None = None) -> Batch:
+def collate(
+    items: Sequence[Item], epoch: int = 0, rejected: Mapping[str, int] | None = None, shared: bool = False
+) -> Batch:
     """Put conversations into one batch.
 
     Args:
         items: at least one.
         epoch: the data epoch.
         rejected: "source/reason" -> records left out on the way.
+        shared: put tiles into memory that another process can read, as a worker has to.
     """
     rows = [
         (image, place, turn) for image, item in enumerate(items) for place, turn in enumerate(item.conversation.turns)
@@ -121,7 +125,7 @@ def collate(items: Sequence[Item], epoch: int = 0, rejected: Mapping[str, int] |
     of_rows = [items[image] for image, _, _ in rows]
     request = Request(
         questions=[turn.question for _, _, turn in rows],
-        tiles=torch.from_numpy(np.concatenate([item.conversation.tiles for item in items])),
+        tiles=_joined([item.conversation.tiles for item in items], shared),
         grids=[item.conversation.grid for item in items],
         images=[image for image, _, _ in rows],
     )
@@ -137,6 +141,19 @@ def collate(items: Sequence[Item], epoch: int = 0, rejected: Mapping[str, int] |
         epoch=epoch,
         rejected=dict(rejected or {}),
     )
+
+
+def _joined(tiles: list[np.ndarray], shared: bool) -> Tensor:
+    """Return the tiles of several images as one tensor."""
+    if not shared or get_sharing_strategy() != "file_descriptor":
+        return torch.from_numpy(np.concatenate(tiles))
+    # Shared memory is a file. Writing to it is cheaper than copying through a mapping of it, which faults in each page.
+    storage = torch.UntypedStorage._new_shared(sum(part.nbytes for part in tiles))
+    with open(storage._share_fd_cpu_()[0], "wb", closefd=False) as file:
+        file.seek(0)  # making it may have left the position elsewhere
+        for part in tiles:
+            file.write(part.data)
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(-1, *tiles[0].shape[1:])
 
 
 def _relevant(counts: list[int], rows: list[tuple[int, ...] | None]) -> Tensor | None:

@@ -207,7 +207,8 @@ def cut_tiles(image: Image.Image, rule: TileRule, max_tiles: int | None = None) 
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert any PIL image to RGB; 16-bit greys are scaled to 8 bits."""
+    """Return any PIL image as RGB, itself if it is; 16-bit greys are scaled to 8 bits."""
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+    # Converting what is RGB already would copy it.
+    return image if image.mode == "RGB" else image.convert("RGB")
