@@ -105,7 +105,7 @@ def test_a_comparison_builds_every_method(path: Path, monkeypatch: pytest.Monkey
     class BuiltError(Exception):
         pass
 
-    def stop(benchmark: Benchmark, folder: Path, described: Any) -> None:
+    def stop(benchmark: Benchmark, folder: Path, described: Any, part: None) -> None:
         built.append((benchmark, folder, described))
         raise BuiltError
 

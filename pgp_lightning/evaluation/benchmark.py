@@ -28,7 +28,16 @@ from pgp_lightning.evaluation.cost import Schedule, prune_cost
 from pgp_lightning.evaluation.guide_cost import scoring_flops
 from pgp_lightning.evaluation.latency import PhaseTimes, median_times, phase_times
 from pgp_lightning.evaluation.report import describe_method
-from pgp_lightning.evaluation.resume import alike, attributes, check_settings, done_samples, fingerprint, read_json
+from pgp_lightning.evaluation.resume import (
+    Part,
+    alike,
+    attributes,
+    check_settings,
+    done_samples,
+    fingerprint,
+    read_json,
+    take_parts,
+)
 from pgp_lightning.evaluation.scoring import Answer, Sample, exact_match, load_answers
 from pgp_lightning.guides.base import Guide, Remember
 from pgp_lightning.guides.simple import OracleGuide, RandomGuide, UniformGuide
@@ -149,22 +158,25 @@ class Benchmark:
             manifest, answer_model, val_batch_size=batch_size, turns="all", max_tiles=max_tiles, root=root
         )
 
-    def run(self, folder: Path, described: Mapping[str, Any] | None = None) -> None:
+    def run(self, folder: Path, described: Mapping[str, Any] | None = None, part: Part | None = None) -> None:
         """Answer every question with every method.
 
         Args:
-            folder: where results go; what is there already is not run again.
+            folder: where results go; what is there already, or in a part's folder, is not run again.
             described: the configuration, noted and compared beside what the benchmark knows of itself.
+            part: answer with a share of the methods only, in a folder of its own, and describe and time none.
 
         Raises:
-            ConfigError: if the folder holds results of other settings, or of a method or model of other weights.
+            ConfigError: if a folder holds results of other settings or weights, or no method is left for the part.
             DataError: if too many records cannot be used.
         """
-        described = described or {}
+        described, folder = described or {}, part.inside(folder) if part else folder
         folder.mkdir(parents=True, exist_ok=True)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         models = [load_vlm(base, getattr(torch, self.dtype), self.attention) for base in self._bases()]
-        check_settings(folder / SETTINGS, self._settings(models, described))
+        settings = self._settings(models, described)
+        check_settings(folder / SETTINGS, settings)
+        take_parts(folder, SETTINGS, settings)
         self.data.prepare_data()
         for vlm in models:
             vlm.model.eval().to(device)
@@ -173,7 +185,7 @@ class Benchmark:
         first = next(batches, None)
         if first is None:
             raise DataError(f"none of the records of {self.split!r} in {self.manifest} can be used")
-        methods = self._methods(folder, device, first.request.relevant is not None)
+        methods = self._methods(folder, device, first.request.relevant is not None, part)
         rejected: Counter[str] = Counter()
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, disable=not sys.stdout.isatty()) as bar, ExitStack() as stack:
@@ -186,6 +198,8 @@ class Benchmark:
                 bar.advance(task)
         for reason, count in sorted(rejected.items()):
             print(f"left out: {count} records, {reason}")
+        if part is not None:
+            return
         # Methods that were left out this time stay described, and so do times that were not taken again.
         before, times = read_json(folder / METHODS), self._times(models, methods)
         for method in methods:
@@ -224,14 +238,18 @@ class Benchmark:
     def _bases(self) -> list[str]:
         return [self.answer_model, *([self.guide_alone] if self.guide_alone else [])]
 
-    def _methods(self, folder: Path, device: torch.device, relevant: bool) -> list[Method]:
-        """Return the rows of the table: every pruner at every budget, the controls among them."""
-        controls = {"uniform": Guided(UniformGuide()), "random": Guided(RandomGuide())}
-        oracle = {"oracle": Guided(OracleGuide())} if relevant else {}
+    def _methods(self, folder: Path, device: torch.device, relevant: bool, part: Part | None) -> list[Method]:
+        """Return the rows of the table: every pruner at every budget, the controls among them; or a part's share."""
+        oracle: dict[str, Pruner] = {"oracle": Guided(OracleGuide())} if relevant else {}
+        pruners = {**oracle, **self.pruners, "uniform": Guided(UniformGuide()), "random": Guided(RandomGuide())}
+        alone = ALONE if self.guide_alone else {}
+        own = (part or Part(1, 1)).share(["full", *pruners, *alone])
         known: dict[str, Guide] = {}
         shared: dict[Guide, Remember] = {}
-        found = [Method("full", KeepAll())]
-        for label, pruner in {**oracle, **self.pruners, **controls}.items():
+        found = [Method("full", KeepAll())] if "full" in own else []
+        for label, pruner in pruners.items():
+            if label not in own:
+                continue
             if isinstance(pruner, Guided):
                 # In the pruner that was given, too: else it would hold on to a model that nobody asks.
                 pruner.guide = known.setdefault(alike(pruner.guide), pruner.guide)
@@ -240,8 +258,7 @@ class Benchmark:
                 # Budgets share a guide's scores, and so do methods whose guides are alike.
                 pruner.guide = shared.setdefault(pruner.guide, Remember(pruner.guide))
             found += [Method(label, pruner.at(ratio)) for ratio in self.keep_ratios]
-        if self.guide_alone:
-            found += [Method(label, KeepAll()) for label in ALONE]
+        found += [Method(label, KeepAll()) for label in alone if label in own]
         return [replace(method, done=done_samples(_lines(folder, method.name))) for method in found]
 
     def _batch(self, models: list[VLM], methods: list[Method], files: Mapping[str, TextIO], batch: Batch) -> None:

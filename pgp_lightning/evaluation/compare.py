@@ -15,6 +15,7 @@ from pgp_lightning.errors import ConfigError
 from pgp_lightning.evaluation.benchmark import ALONE, Benchmark
 from pgp_lightning.evaluation.explorer import explored_scenes, explorer_page
 from pgp_lightning.evaluation.report import paired_markdown, paired_table, write_report
+from pgp_lightning.evaluation.resume import Part
 from pgp_lightning.evaluation.scoring import Scene, load_results
 from pgp_lightning.training.command_line import quieten, reason_of, terse
 from pgp_lightning.training.images import reassemble
@@ -50,12 +51,20 @@ def compare(arguments: Sequence[str]) -> Path:
     parser.add_argument(
         "--split_pairs", type=list[tuple[str, str]], default=[], help="pairs, split by whether guide_alone is right"
     )
+    parser.add_argument(
+        "--part",
+        type=str | None,
+        default=None,
+        metavar="NUMBER/PARTS",
+        help="answer with the second of five shares of the methods (2/5) and write no report; the same command without "
+        "this takes in what the parts have answered, answers the rest, and reports",
+    )
     parser.add_class_arguments(Benchmark, as_group=False)
     try:
         given = parser.parse_args(list(arguments))
         described = _plain(given)
         built: Any = parser.instantiate(given)
-        own = ("config", "output", "reference", "explore", "pairs", "split_pairs")
+        own = ("config", "output", "reference", "explore", "pairs", "split_pairs", "part")
         benchmark = Benchmark(**{key: value for key, value in built.items() if key not in own})
     except ArgumentError as error:
         raise ConfigError(terse(str(error))) from error
@@ -64,9 +73,13 @@ def compare(arguments: Sequence[str]) -> Path:
     for key in own:
         described.pop(key, None)
     output: Path = built.output
+    part = None if built.part is None else Part.read(built.part)
     reference: str = built.reference or next(iter(benchmark.pruners), "full")
     pairs, split_pairs = _check_names(benchmark, reference, built.explore, built.pairs, built.split_pairs)
-    benchmark.run(output, described)
+    benchmark.run(output, described, part)
+    if part is not None:
+        sys.stdout.write(f"part {part} is answered: {part.inside(output)}\n")
+        return output
     report = write_report(output, reference=reference)
     _write_pairs(output, pairs, split_pairs, list(ALONE) if benchmark.guide_alone else [])
     results, shown = load_results(output, [row.method for row in report.rows]), built.explore or None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,93 @@ from pgp_lightning.evaluation.scoring import Sample, load_answers
 from pgp_lightning.guides.base import Guide
 from pgp_lightning.vlm.family import VLM
 
-__all__ = ["alike", "attributes", "check_settings", "done_samples", "fingerprint", "finished_rows", "read_json"]
+__all__ = [
+    "Part",
+    "alike",
+    "attributes",
+    "check_settings",
+    "done_samples",
+    "fingerprint",
+    "finished_rows",
+    "read_json",
+    "take_parts",
+]
 
+PARTS = "parts"
 # What may change under a folder's results: other samples and answers than before do not come of it.
 _FREE = ("methods", "keep_ratios", "keep_importance", "batch_size", "timed_images")
 WHOLE, PART = 2**20, 2**16  # values of a tensor that is hashed whole; else so many at either end
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the runs that share a comparison's methods, each with a folder of its own, so that none waits for another.
+
+    Args:
+        number: of the part, from 1.
+        parts: how many there are.
+
+    Raises:
+        ConfigError: if there is no such part.
+    """
+
+    number: int
+    parts: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.parts:
+            raise ConfigError(f"expected a part from 1/{self.parts} to {self.parts}/{self.parts}, got {self}")
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.parts}"
+
+    @classmethod
+    def read(cls, text: str) -> Part:
+        """Read `NUMBER/PARTS`.
+
+        Raises:
+            ConfigError: if it is none.
+        """
+        number, slash, parts = text.partition("/")
+        if not (slash and number.isdecimal() and parts.isdecimal()):
+            raise ConfigError(f"expected a part as NUMBER/PARTS, such as 2/5, got {text!r}")
+        return cls(int(number), int(parts))
+
+    def inside(self, folder: Path) -> Path:
+        """Return the part's folder in the comparison's."""
+        return folder / PARTS / f"{self.number}_of_{self.parts}"
+
+    def share(self, methods: Sequence[str]) -> list[str]:
+        """Return the part's methods: one in so many as there are parts.
+
+        Raises:
+            ConfigError: if nothing is left for it.
+        """
+        if self.number > len(methods):
+            raise ConfigError(f"there is no part {self}: there are {len(methods)} methods, {', '.join(methods)}")
+        return list(methods[self.number - 1 :: self.parts])
+
+
+def take_parts(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+    """Copy what runs of parts have answered into the folder of the whole comparison.
+
+    Args:
+        folder: of the whole comparison.
+        name: of the file with a folder's settings.
+        settings: of the whole comparison.
+
+    Raises:
+        ConfigError: if a part's results are of other settings.
+    """
+    notes = sorted((folder / PARTS).glob(f"*/{name}"))
+    for note in notes:
+        check_settings(note, settings)
+    for file in sorted(file for note in notes for file in note.parent.glob("*.jsonl")):
+        mine, theirs = folder / file.name, file.read_bytes()
+        # All append answers in the same order, so the file with more of them has those of the other.
+        if not mine.is_file() or mine.read_bytes().count(b"\n") < theirs.count(b"\n"):
+            mine.with_suffix(".part").write_bytes(theirs)
+            mine.with_suffix(".part").replace(mine)
 
 
 def done_samples(path: Path) -> set[Sample]:

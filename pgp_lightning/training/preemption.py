@@ -1,7 +1,8 @@
-"""Giving a machine back in time: checkpoint at the exact sample, requeue, stop."""
+"""Giving a machine back in time: checkpoint at the exact sample, stop, requeue."""
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ __all__ = ["Preemption"]
 
 
 class Preemption(_AfterStep, Checkpoint):
-    """Ends a run on SIGUSR1 after the optimiser step at hand: saves, asks SLURM to requeue the job, and stops.
+    """Ends a run on SIGUSR1 after the optimiser step at hand: saves, stops, and asks SLURM to requeue the job.
 
     The signal only sets a flag. Whether it came to any process is settled by all of them together after each step, so
     none is left waiting for another, as happens when a handler saves at once. The checkpoint is the run's last one,
@@ -35,6 +36,8 @@ class Preemption(_AfterStep, Checkpoint):
     Raises:
         ConfigError: by `setup`, without a StepCheckpoint that keeps the last checkpoint.
     """
+
+    _saved = False
 
     def __init__(self, requeue: Sequence[str] = ("scontrol", "requeue", "{job}")) -> None:
         self.requeue = tuple(requeue)
@@ -50,10 +53,22 @@ class Preemption(_AfterStep, Checkpoint):
         if not trainer.strategy.reduce_boolean_decision(warning_signal.warned(), all=False):
             return
         path = self._saving(trainer).save_now(trainer)
-        trainer.should_stop = True
+        trainer.should_stop = self._saved = True
+        # Lightning validates before it stops. A validation that is due now is not made up for after a resume; any other
+        # would be a point of its own in the curves, and take time that may not be left.
+        if (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % (trainer.val_check_batch or math.inf):
+            trainer.limit_val_batches = 0
         rank_zero_info(f"warned by SIGUSR1: saved {path} at optimiser step {trainer.global_step} and stop")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Requeue the job, which SLURM then ends at once: no process waits for another any more, events are written."""
         job = os.environ.get("SLURM_JOB_ID")
-        if trainer.is_global_zero and job and self.requeue:
+        if not (self._saved and job and self.requeue):
+            return
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.save()
             command = [part.format(job=job) for part in self.requeue]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:

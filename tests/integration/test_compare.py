@@ -143,6 +143,24 @@ def test_a_later_method_joins(config: dict[str, Any], whole: Path, tmp_path: Pat
     assert "| zip | 5 % |" in capsys.readouterr().out
 
 
+def test_parts_are_taken_in(config: dict[str, Any], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = command(written(config, tmp_path), tmp_path / "out", "--images=6")[3:]
+    for part in ("1/3", "2/3"):
+        assert main([*words, f"--part={part}"]) == 0
+        assert capsys.readouterr().out == f"part {part} is answered: {tmp_path}/out/parts/{part.replace('/', '_of_')}\n"
+    # Every third of full, oracle, divprune, fastv_L2, pgp, sgp, uniform, random and two rows of the guide alone.
+    shares = {"1_of_3": ("full", "fastv_L2", "uniform", "guide_question_first"), "2_of_3": ("oracle", "pgp", "random")}
+    for folder, labels in shares.items():
+        found = {file.stem.partition("@")[0] for file in (tmp_path / "out" / "parts" / folder).glob("*.jsonl")}
+        assert found == set(labels)
+    # Of a part that was stopped, the rest is answered.
+    stopped = tmp_path / "out" / "parts" / "2_of_3" / "random@5.jsonl"
+    stopped.write_text("".join(stopped.read_text().splitlines(keepends=True)[:5]) + '{"key": "te')
+    assert "another images (6, now 5)" in fails([*words, "--images=5"], capsys)
+    assert main(words) == 0
+    assert results(tmp_path / "out") == results(whole)
+
+
 # Mistakes
 
 
@@ -179,6 +197,9 @@ def too_deep(config: dict[str, Any]) -> None:
         (no_pruner, ["methods", "UniformGuide", "Pruner"]),
         (mistyped, ["methods", "layr"]),
         (changed(imagez=3), ["imagez"]),
+        (changed(part="2"), ["NUMBER/PARTS", "'2'"]),
+        (changed(part="0/2"), ["from 1/2 to 2/2", "0/2"]),
+        (changed(part="12/12"), ["no part 12/12", "10 methods", "fastv_L2"]),
         (changed(keep_ratios=[0]), ["keep_ratios", "(0, 1)", "[0.0]"]),
         (changed(keep_ratios=[0.05, 1.5]), ["keep_ratios", "(0, 1)", "1.5"]),
         (changed(images="some"), ["images", "some"]),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pgp_lightning import warning_signal
 from pgp_lightning.tools import main as pgp
@@ -46,7 +47,9 @@ def second_process(first: int) -> int:
 def test_a_warned_process_stops_all_of_them_and_the_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path, tmp_path / "data")
     assert pgp(["shards", "build", str(manifest)]) == 0
-    config = write_config(tmp_path, small_config(manifest, STEPS, save_every=1000))
+    given = small_config(manifest, STEPS, save_every=1000)
+    given["trainer"]["val_check_interval"] = 6  # after every third step, the one that is warned among them
+    config = write_config(tmp_path, given)
     whole, root = tmp_path / "whole", tmp_path / "run"
     finish(start(config, whole, tmp_path))
     process = start(config, root, tmp_path, SLURM_JOB_ID="17")
@@ -63,6 +66,11 @@ def test_a_warned_process_stops_all_of_them_and_the_run_goes_on_bit_for_bit(tmp_
         assert read_trace(root, rank) == read_trace(whole, rank)
     mine, theirs = (torch.load(r / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for r in (root, whole))
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    for tag in ("train/loss", "val/loss"):
+        one, other = (
+            [(e.step, e.value) for e in EventAccumulator(str(r)).Reload().Scalars(tag)] for r in (root, whole)
+        )
+        assert one == other, tag
     assert len((tmp_path / "told").read_text().splitlines()) == 1
 
 

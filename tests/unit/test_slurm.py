@@ -1,4 +1,4 @@
-"""The batch script, run with stand-ins for SLURM's commands that record how they were called."""
+"""The batch scripts, run with stand-ins for the commands they call that record how they were called."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "slurm" / "fit.sbatch"
+SCRIPTS = Path(__file__).parents[2] / "slurm"
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Path:
-    """A folder to submit from, with stand-ins of srun and scontrol on its path."""
+    """A folder to submit from, with stand-ins of srun, scontrol and pgp on its path."""
     commands = {
         "srun": 'printf "%s\\n" "$@" > arguments; echo "$MASTER_ADDR $SRUN_CPUS_PER_TASK" > environment',
         "scontrol": '[ "$*" = "show hostnames node[3-4]" ] && printf "node3\\nnode4\\n"',
+        "pgp": 'printf "%s\\n" "$@" > arguments',
     }
     (tmp_path / "bin").mkdir()
     for name, body in commands.items():
@@ -29,7 +30,7 @@ def cluster(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def submit(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def submit(folder: Path, *arguments: str, script: str = "fit", **variables: str) -> subprocess.CompletedProcess[str]:
     job = {
         "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "SLURM_JOB_NAME": "first",
@@ -37,9 +38,15 @@ def submit(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_NTASKS_PER_NODE": "4",
         "SLURM_CPUS_PER_TASK": "8",
+        **variables,
     }
     return subprocess.run(
-        ["bash", str(SCRIPT), *arguments], cwd=folder, env=job, capture_output=True, text=True, timeout=60
+        ["bash", str(SCRIPTS / f"{script}.sbatch"), *arguments],
+        cwd=folder,
+        env=job,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
@@ -73,3 +80,28 @@ def test_another_folder_is_refused(cluster: Path, arguments: tuple[str, ...]):
 def test_a_failing_command_fails_the_job(cluster: Path):
     (cluster / "bin" / "srun").write_text("#!/usr/bin/env bash\nexit 7\n")
     assert submit(cluster).returncode == 7
+
+
+def test_a_job_of_an_array_takes_its_part(cluster: Path):
+    words = ("--config", "my compare.yaml")
+    array = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "4"}
+    assert submit(cluster, *words, script="evaluate", **array).returncode == 0
+    assert (cluster / "arguments").read_text().splitlines() == ["compare", *words, "--part", "2/4"]
+    assert submit(cluster, *words, script="evaluate").returncode == 0
+    assert (cluster / "arguments").read_text().splitlines() == ["compare", *words]
+
+
+def test_shards_are_built_with_every_core(cluster: Path):
+    assert submit(cluster, "m.yaml", "--root", "my shards", script="build_shards").returncode == 0
+    told = ["shards", "build", "m.yaml", "--root", "my shards", "--workers", "8"]
+    assert (cluster / "arguments").read_text().splitlines() == told
+
+
+def test_a_fit_is_warned_and_requeued():
+    lines = (SCRIPTS / "fit.sbatch").read_text().splitlines()
+    # B: would warn the script, which dies of it, and not the processes that train.
+    assert "#SBATCH --signal=SIGUSR1@300" in lines
+    for name in ("fit", "evaluate", "build_shards"):
+        lines = (SCRIPTS / f"{name}.sbatch").read_text().splitlines()
+        begun = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+        assert {"#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(lines[:begun])  # sbatch reads no further
