@@ -29,9 +29,9 @@ def main(args: Sequence[str] | None = None) -> int:
         SystemExit: code 2 for what the parser refuses, code 0 after `--help`.
         Exception: any error that is not the user's, and with `--debug` every one.
     """
-    if "SLURM_JOB_ID" in os.environ:
-        warning_signal.listen()  # the imports below take long enough to be warned, and killed, meanwhile
     arguments = list(sys.argv[1:] if args is None else args)
+    if "SLURM_JOB_ID" in os.environ and "fit" in arguments:
+        warning_signal.listen()  # the imports below take long enough to be warned, and killed, meanwhile
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
 

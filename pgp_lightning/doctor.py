@@ -280,7 +280,7 @@ def _lanes(case: _Case) -> Iterator[Finding]:
         ranks = max(1, trainer.world_size)
         for callback in trainer.callbacks:
             if isinstance(callback, GlobalBatch):
-                callback.settle(trainer, case.data.batch_size)
+                callback.settle(trainer, case.data)
                 yield Finding("ok", "batch", callback.told(trainer, case.data.batch_size))
         batches = trainer.max_steps * trainer.accumulate_grad_batches * ranks
         yield from examine_mixture(case.data, ranks, batches if batches > 0 else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from pgp_lightning.data.instructions import InstructionRecords
 from pgp_lightning.data.manifest import Manifest
+from pgp_lightning.data.mixture import check_topology
 from pgp_lightning.data.module import InstructionData
 from pgp_lightning.data.writing import make_builder
 from pgp_lightning.evaluation.benchmark import Benchmark
@@ -69,6 +71,21 @@ def test_there_are_configurations():
 def test_a_configuration_begins_with_a_comment(path: Path):
     lines = path.read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("# ") and len(lines[0]) > 20
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name)
+def test_what_a_comment_names_is_there(path: Path):
+    named = re.findall(
+        r"\b(?:tests|docs|configs|slurm|data_manifests)/[\w/.-]*\.(?:py|md|yaml|sbatch)", path.read_text("utf-8")
+    )
+    assert [one for one in named if not (ROOT / one).is_file()] == []
+
+
+def test_the_mixtures_lanes_suit_every_number_of_gpus():
+    written = yaml.safe_load((ROOT / "configs" / "overlays" / "internvl_mixture.yaml").read_text())["data"]["init_args"]
+    for gpus in (n for n in range(1, 177) if 176 % n == 0):
+        for workers in (0, 1, 2, written["workers"]):
+            check_topology(written["lanes"], gpus, workers)
 
 
 @pytest.mark.parametrize("path", COMPLETE, ids=name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from pgp_lightning.data.collate import Batch
 from pgp_lightning.objective import divergence_loss
 
-__all__ = ["Trace", "read_trace"]
+__all__ = ["Slow", "Trace", "read_trace"]
 
 
 class Trace(Callback):
@@ -29,6 +30,17 @@ class Trace(Callback):
         }
         with (Path(trainer.default_root_dir) / f"trace-{trainer.global_rank}.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+class Slow(Callback):
+    """Makes one process slow."""
+
+    def __init__(self, rank: int, seconds: float) -> None:
+        self.rank, self.seconds = rank, seconds
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        if trainer.global_rank == self.rank:
+            time.sleep(self.seconds)
 
 
 def read_trace(root: Path, rank: int = 0) -> list[dict[str, Any]]:

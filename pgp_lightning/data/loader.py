@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -120,6 +121,8 @@ class TrainingLoader:
         self._processed, self._pin_memory, self._cache = processed, pin_memory, cache
         self._position = 0
         self._tally = RejectTally(mixture.sources)
+        self.waited = 0.0
+        """Seconds spent in waiting for batches, without what trainers do around it."""
 
     def __len__(self) -> int:
         return self.length
@@ -127,9 +130,12 @@ class TrainingLoader:
     def __iter__(self) -> Iterator[Batch]:
         stop = (self._position // self.length + 1) * self.length
         dataset = TrainingBatches(self.mixture, self.reader, self.rank, self.ranks, self._position, stop, self._cache)
+        began = time.perf_counter()
         for batch in _deliver(dataset, self.workers, self._pin_memory, self._tally):
             self._position += 1
+            self.waited += time.perf_counter() - began
             yield batch
+            began = time.perf_counter()
 
     def identity(self) -> dict[str, Any]:
         """Return, as JSON values, all that must be the same for a run to go on with the same data."""

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 )
 
 from pgp_lightning.errors import ConfigError
-from pgp_lightning.training.run import RECORD, read_checkpoint
+from pgp_lightning.training.run import RECORD, checkpoints, read_checkpoint
 
 __all__ = ["Run", "Trainings", "file_lock", "is_trained", "learning_curve", "steps_done"]
 
@@ -155,7 +155,7 @@ class Trainings:
 def is_trained(folder: Path) -> bool:
     """Return whether a run's last checkpoint is that of its last optimiser step."""
     last = folder / "checkpoints" / "last.ckpt"
-    if not last.is_file():
+    if last not in checkpoints(folder):
         return False
     found = read_checkpoint(last)
     steps = ((found.get(RECORD) or {}).get("config") or {}).get("trainer", {}).get("max_steps") or 0

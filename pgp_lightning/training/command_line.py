@@ -13,12 +13,13 @@ import transformers
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from pgp_lightning import warning_signal
 from pgp_lightning.errors import ConfigError, DataError
 from pgp_lightning.training import (  # noqa: F401 (a config may name their classes alone)
     callbacks,
@@ -31,6 +32,7 @@ from pgp_lightning.training import (  # noqa: F401 (a config may name their clas
     throughput,
 )
 from pgp_lightning.training.global_batch import GlobalBatch
+from pgp_lightning.training.preemption import Preemption
 from pgp_lightning.training.run import RunRecord, checkpoints, differences, last_checkpoint, read_record
 
 __all__ = ["RunCLI", "SaveRunConfig", "TerseParser", "quieten", "reason_of", "terse"]
@@ -83,7 +85,7 @@ def _latest(given: list[Callback]) -> list[Callback]:
 
     def kind(one: Callback) -> object:
         own = type(one).__module__.partition(".")[0] == __name__.partition(".")[0]
-        return type(one) if own and not isinstance(one, Checkpoint) else one
+        return type(one) if own and not isinstance(one, ModelCheckpoint) else one
 
     return list({kind(one): one for one in given}.values())
 
@@ -263,11 +265,13 @@ class RunCLI(LightningCLI):
             ConfigError: if they cannot be dealt to the processes, or gradient accumulation and processes multiply to
                 something else than before.
         """
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+        given: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        for callback in given:
             if isinstance(callback, GlobalBatch):
-                callback.settle(self.trainer, int(self.datamodule.batch_size))
-        if self.checkpoint is not None and Path(self.checkpoint).exists():
-            self._check_strategy(Path(self.checkpoint))
+                callback.settle(self.trainer, self.datamodule)
+        if not any(isinstance(callback, Preemption) for callback in given):
+            warning_signal.release()
+        self._check_strategy()
         before, now = (self.own_record or {}).get("micro_batches"), RunRecord.micro_batches(self.trainer)
         if before is not None and before != now:
             raise ConfigError(
@@ -275,19 +279,39 @@ class RunCLI(LightningCLI):
                 "trainer.accumulate_grad_batches times the number of processes be the same"
             )
 
-    def _check_strategy(self, checkpoint: Path) -> None:
+    def before_validate(self) -> None:
         """Refuse a checkpoint that the strategy cannot read."""
-        strategy = self.trainer.strategy
-        folders = isinstance(strategy, DeepSpeedStrategy)
-        if checkpoint.is_dir() and not isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy):
+        self._check_strategy()
+
+    before_test = before_predict = before_validate
+
+    def _check_strategy(self) -> None:
+        """Refuse a checkpoint that the strategy cannot read.
+
+        Raises:
+            ConfigError: if it is of another strategy or, of DeepSpeed, of another number of processes.
+        """
+        path, strategy = Path(self.checkpoint or ""), self.trainer.strategy
+        if self.checkpoint is None or not path.exists():
+            return
+        # What DeepSpeed and torch's distributed checkpoints write into their folders.
+        of_deepspeed, of_torch = (path / "latest").is_file(), (path / ".metadata").is_file()
+        name = type(strategy).__name__
+        if isinstance(strategy, DeepSpeedStrategy):
+            fits = of_deepspeed
+        else:
+            fits = path.is_file() or (of_torch and isinstance(strategy, ModelParallelStrategy))
+        if not fits:
+            what = "a folder of shards" if path.is_dir() else "one file"
             raise ConfigError(
-                f"{checkpoint} is a folder of shards, which {type(strategy).__name__} cannot read: continue with the "
-                "strategy that wrote it; `pgp export` makes a guide of it as it is"
+                f"{path} is {what}, from which {name} cannot continue: take the strategy that wrote it; `pgp export` "
+                "makes a guide of either"
             )
-        if checkpoint.is_file() and folders:
+        before = (read_record(path) or {}).get("processes")
+        if of_deepspeed and before not in (None, self.trainer.world_size):
             raise ConfigError(
-                f"{checkpoint} is one file, and {type(strategy).__name__} continues from its own folders of shards: "
-                "continue with the strategy that wrote it"
+                f"{path} was written by {before} processes of DeepSpeed, and {self.trainer.world_size} cannot continue "
+                f"from it: use {before} again"
             )
 
     @rank_zero_only

@@ -56,14 +56,17 @@ class GlobalBatch(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settle the accumulation before data and strategy ask for it."""
         if stage == "fit":
-            self.settle(trainer, int(trainer.datamodule.batch_size))  # type: ignore[attr-defined]
+            self.settle(trainer, trainer.datamodule)  # type: ignore[attr-defined]
 
-    def settle(self, trainer: Trainer, batch_size: int) -> None:
-        """Set the accumulation for a micro-batch of so many records, and say what came out.
+    def settle(self, trainer: Trainer, data: object) -> None:
+        """Set the accumulation for the micro-batches of a data module, and say what came out.
 
         Raises:
             ConfigError: if the records cannot be dealt to the processes, or the trainer was told otherwise.
         """
+        batch_size = getattr(data, "batch_size", None)
+        if not isinstance(batch_size, int):
+            raise ConfigError(f"GlobalBatch needs data with a batch_size, and {type(data).__name__} has none")
         wanted = micro_batches(self.records, max(1, int(trainer.world_size)), batch_size)
         given = int(trainer.accumulate_grad_batches)
         if given not in (1, wanted):

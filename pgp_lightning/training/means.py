@@ -16,10 +16,11 @@ class _Sums(Metric):
 
     def __init__(self, places: int) -> None:
         super().__init__()
-        self.add_state("sums", torch.zeros(places, 2, dtype=torch.float64), dist_reduce_fx="sum")
+        dtype = torch.float32 if torch.backends.mps.is_available() else torch.float64  # Apple's GPUs have no float64
+        self.add_state("sums", torch.zeros(places, 2, dtype=dtype), dist_reduce_fx="sum")
 
     def update(self, place: int, values: Tensor) -> None:
-        self.sums[place, 0] += values.sum(dtype=torch.float64)
+        self.sums[place, 0] += values.sum(dtype=self.sums.dtype)
         self.sums[place, 1] += values.numel()
 
     def compute(self) -> Tensor:

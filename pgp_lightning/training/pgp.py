@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -94,6 +95,7 @@ class PGP(pl.LightningModule):
         self.visual_token_share, self.question_blind, self.seed = visual_token_share, question_blind, seed
         self.beta: float | None = None
         self.last: StepRecord | None = None
+        self.passes_ended: float | None = None
         self.means = torch.nn.ModuleDict()
         # Checkpoints hold what is trained; the frozen base comes from where it came from.
         self.strict_loading = False
@@ -168,6 +170,8 @@ class PGP(pl.LightningModule):
                 f"(reconstruction {reconstruction.item()}, KL {divergence.item()}) on samples {batch.described()}: "
                 "look at them, or lower model.learning_rate or set trainer.gradient_clip_val"
             )
+        # The loss was looked at, so a GPU has ended, too; what follows may wait for other processes.
+        self.passes_ended = time.perf_counter()
         self._account("train", batch, found, predicted, {"loss": loss, "reconstruction": reconstruction})
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
             # Means over the micro-batches of an optimiser step; checkpoints lie between steps, so none is lost.
@@ -181,6 +185,20 @@ class PGP(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the means."""
         self._log("val", on_step=False)
+
+    def on_test_start(self) -> None:
+        """Refuse what would wait for ever: processes that call a sharded guide for some batches only.
+
+        Raises:
+            ConfigError: if the strategy shards the weights.
+        """
+        strategy = self.trainer.strategy
+        sharded = isinstance(strategy, ModelParallelStrategy) or bool(getattr(strategy, "zero_stage_3", False))
+        if sharded and self.trainer.world_size > 1:
+            raise ConfigError(
+                f"{type(strategy).__name__} shards the weights, which `lightning test` cannot use: test with "
+                "--trainer.strategy auto on one device, or with ddp"
+            )
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Account for a batch, beside random importance and the importance under another image's question."""
@@ -355,4 +373,5 @@ class PGP(pl.LightningModule):
                 f"the checkpoint's weights are not this guide's: {', '.join(wrong[:3])} and {max(0, len(wrong) - 3)} "
                 "more are missing, unknown or of another shape; use the adapter and bottleneck options it had"
             )
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
+        kept = {name: value for name, value in state_dict.items() if name not in frozen}
+        return super().load_state_dict(kept, strict=False, assign=assign)

@@ -50,7 +50,7 @@ class Preemption(_AfterStep, Checkpoint):
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop if a process was warned."""
-        if not trainer.strategy.reduce_boolean_decision(warning_signal.warned(), all=False):
+        if self._saved or not trainer.strategy.reduce_boolean_decision(warning_signal.warned(), all=False):
             return
         path = self._saving(trainer).save_now(trainer)
         trainer.should_stop = self._saved = True
@@ -62,17 +62,23 @@ class Preemption(_AfterStep, Checkpoint):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Requeue the job, which SLURM then ends at once: no process waits for another any more, events are written."""
-        job = os.environ.get("SLURM_JOB_ID")
-        if not (self._saved and job and self.requeue):
+        acted, self._saved = self._saved, False
+        job = _job()
+        if not acted:
+            return
+        warning_signal.forget()
+        if not (job and self.requeue):
             return
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.save()
             command = [part.format(job=job) for part in self.requeue]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                rank_zero_warn(f"{' '.join(command)} failed ({done.stderr.strip()}): submit the job again to go on")
+            try:
+                subprocess.run(command, capture_output=True, text=True, check=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                reason = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
+                rank_zero_warn(f"{' '.join(command)} failed ({reason}): submit the job again to go on")
 
     @staticmethod
     def _saving(trainer: Trainer) -> StepCheckpoint:
@@ -80,3 +86,9 @@ class Preemption(_AfterStep, Checkpoint):
             if isinstance(callback, StepCheckpoint) and callback.save_last is True:
                 return callback
         raise ConfigError("Preemption saves by a StepCheckpoint with save_last: true; add one to trainer.callbacks")
+
+
+def _job() -> str | None:
+    """Return the id of the SLURM job that this is, None outside of one; a task of an array has one of its own."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")

@@ -88,7 +88,11 @@ class RunRecord(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the record; events up to the checkpoint reach the disk with it."""
-        checkpoint[RECORD] = {"config": self.config, "micro_batches": self.micro_batches(trainer)}
+        checkpoint[RECORD] = {
+            "config": self.config,
+            "micro_batches": self.micro_batches(trainer),
+            "processes": int(trainer.world_size),
+        }
         for logger in _event_loggers(trainer):
             logger.experiment.flush()
 
@@ -131,7 +135,7 @@ def _readable(checkpoint: Path) -> Path:
 def last_checkpoint(root: Path) -> Path:
     """Return the checkpoint a run continues from: checkpoints/last.ckpt.
 
-    If the run died while it wrote that one as a folder of shards, it is the newest that is whole.
+    Folders of shards take time to write: if the run died meanwhile, it is the newest that is whole.
 
     Raises:
         ConfigError: if there is none.
@@ -140,8 +144,8 @@ def last_checkpoint(root: Path) -> Path:
     if found:
         return found[-1]  # last-v1.ckpt is what ModelCheckpoint writes when it will not replace last.ckpt
     other = checkpoints(root)
-    if other and (broken := root / "checkpoints" / "last.ckpt").is_dir():
-        rank_zero_warn(f"{broken} was not written to its end: going on from {other[-1]}")
+    if other and other[-1].is_dir():
+        rank_zero_warn(f"{root / 'checkpoints' / 'last.ckpt'} was not written to its end: going on from {other[-1]}")
         return other[-1]
     if other:
         remedy = f"continue from a file, e.g. --ckpt_path {other[-1]}, and let ModelCheckpoint have save_last: true"

@@ -53,7 +53,7 @@ class StepCheckpoint(ModelCheckpoint):
             whole.unlink(missing_ok=True)
         trainer.strategy.barrier()
         super()._save_checkpoint(trainer, filepath)
-        if not whole.parent.is_dir():
+        if not trainer.strategy.broadcast(whole.parent.is_dir()):  # one answer, whatever a process's disk shows yet
             return
         # What a checkpoint of these weights holds beside the shards: the module and the run's record say.
         module = trainer.lightning_module

@@ -31,33 +31,41 @@ class Throughput(_AfterStep):
 
     Of several processes also: `throughput/data_wait_share_max`; and `throughput/slowest_rank`, the one with the most
     time of its own, with `throughput/slowest_rank_lag`, how much more than the mean that was. A process's own time is
-    the waiting for data and the forward passes: in the backward pass all of them wait for the slowest.
+    its loader's waiting and the forward passes: in the backward pass, and between micro-batches, all wait for the
+    slowest. Where weights are sharded they do so in the forward passes, too, and the lag is no more than a hint.
     """
 
     def __init__(self) -> None:
         self._reset()
         self._ended: float | None = None  # when the last micro-batch ended; None if the pause since does not count
         self._began = 0.0
+        self._waited = 0.0  # by the loader, when the last pause ended
 
     def _reset(self) -> None:
         self._samples = self._tokens = self._images = self._tiles = self._most_tiles = 0
-        self._working = self._waiting = self._forward = 0.0
+        self._working = self._waiting = self._pausing = self._forward = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to count."""
         super().on_train_start(trainer, pl_module)
         self._reset()
         self._ended = None
+        self._waited = _waited(trainer) or 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Count the pause."""
+        """Count the pause, and how much of it the data took."""
         self._began = time.perf_counter()
+        waited = _waited(trainer)
         if self._ended is not None:
-            self._waiting += self._began - self._ended
+            pause = self._began - self._ended
+            self._pausing += pause
+            self._waiting += pause if waited is None else waited - self._waited
+        self._waited = waited or 0.0
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Count the forward passes; the look at whether the loss is finite has waited for them to end."""
-        self._forward += time.perf_counter() - self._began
+        """Count the forward passes."""
+        ended = getattr(pl_module, "passes_ended", None)
+        self._forward += (time.perf_counter() if ended is None else ended) - self._began
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int
@@ -88,10 +96,12 @@ class Throughput(_AfterStep):
         if interval == 0 or trainer.global_step % interval:
             return
         own = [self._samples, self._tokens, self._images, self._tiles, self._most_tiles, _peak_memory() / 2**30]
-        own += [self._waiting, self._working, self._forward]
-        ranks = [torch.tensor(own, dtype=torch.float64, device=pl_module.device)] * trainer.world_size
+        own += [self._waiting, self._pausing + self._working, self._forward]
+        mine = torch.tensor(own, dtype=torch.float64)
+        ranks = [mine]
         if trainer.world_size > 1:
-            mine, ranks = ranks[0], [torch.empty_like(each) for each in ranks]
+            mine = mine.to(pl_module.device)
+            ranks = [torch.empty_like(mine) for _ in range(trainer.world_size)]
             dist.all_gather(ranks, mine)
         write_figures(trainer, "throughput", figures(torch.stack(ranks).cpu()))
         self._reset()
@@ -101,10 +111,10 @@ def figures(ranks: Tensor) -> dict[str, float]:
     """Return what is logged of float64 (ranks, 9).
 
     The columns: samples, visual tokens, images, tiles, the most tiles of an image, peak memory in GiB; seconds of
-    waiting for data, of work, and of the forward passes in it.
+    waiting for data, of all, and of the forward passes.
     """
-    samples, tokens, images, tiles, most, memory, waiting, working, forward = ranks.unbind(dim=1)
-    seconds = (waiting + working).clamp(min=1e-9)
+    samples, tokens, images, tiles, most, memory, waiting, seconds, forward = ranks.unbind(dim=1)
+    seconds = seconds.clamp(min=1e-9)
     found = {
         "samples_per_second": samples.sum() / seconds.max(),
         "visual_tokens_per_second": tokens.sum() / seconds.max(),
@@ -121,6 +131,11 @@ def figures(ranks: Tensor) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
+def _waited(trainer: Trainer) -> float | None:
+    """Return the seconds that the loader has waited for batches, None of one that does not count them."""
+    return getattr(trainer.train_dataloader, "waited", None)
+
+
 def _peak_memory() -> int:
     """Return the greatest memory used so far in bytes."""
     if torch.cuda.is_available():
@@ -130,7 +145,7 @@ def _peak_memory() -> int:
 
 
 class FailureReport(Callback):
-    """Says on stderr, when a run breaks off with an error, which process it was and what micro-batch it had."""
+    """Says on stderr, when a run breaks off with an error, which process it was and what batch it had."""
 
     _batch: Batch | None = None
 
@@ -140,6 +155,24 @@ class FailureReport(Callback):
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int
+    ) -> None:
+        """Forget it."""
+        self._batch = None
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Remember the batch."""
+        self._batch = batch
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Forget it."""
         self._batch = None

@@ -45,6 +45,7 @@ def overlay(strategy: str) -> dict[str, Any]:
         arguments["process_group_backend"] = "gloo"
     if strategy == "fsdp2":
         arguments["data_parallel_size"] = 2
+    trainer["callbacks+"] = [{"class_path": "GlobalBatch", "init_args": {"records": 8}}]  # 2 x 2 x 2
     return {**content, "trainer": trainer}
 
 

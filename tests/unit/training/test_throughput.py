@@ -27,17 +27,21 @@ def test_steps_and_waiting_count_but_no_validation(monkeypatch: pytest.MonkeyPat
             rank.copy_(own)
 
     monkeypatch.setattr(throughput.dist, "all_gather", gather)
-    state = trainer(loggers=[log], world_size=2, log_every_n_steps=2)
-    module = SimpleNamespace(device="cpu")
+    loader = SimpleNamespace(waited=7.0)
+    state = trainer(loggers=[log], world_size=2, log_every_n_steps=2, train_dataloader=loader)
+    module = SimpleNamespace(device="cpu", passes_ended=None)
     callback.on_train_start(state, module)
     for batch in range(4):  # two micro-batches per step: 3 s of work each, 1 s of waiting, 50 s of validation
         callback.on_train_batch_start(state, module, toy_batch(0), batch)
-        clock.now += 2
+        clock.now += 1.5
+        module.passes_ended = clock.now
+        clock.now += 0.5  # an exchange with the other process
         callback.on_before_backward(state, module, torch.zeros(()))
         clock.now += 1
         state.global_step = (batch + 1) // 2
         callback.on_train_batch_end(state, module, None, toy_batch(0), batch)
         clock.now += 1
+        loader.waited += 0.75  # the rest of the pause is an exchange again
         if batch == 1:
             callback.on_validation_start(state, module)
             clock.now += 50
@@ -48,7 +52,7 @@ def test_steps_and_waiting_count_but_no_validation(monkeypatch: pytest.MonkeyPat
     found = log.figures[0][1]
     assert found["throughput/samples_per_second"] == pytest.approx(4 * 2 * 2 / 13)
     assert found["throughput/visual_tokens_per_second"] == pytest.approx(4 * 2 * GRID.tokens * 2 / 13)
-    assert found["throughput/data_wait_share"] == pytest.approx(1 / 13)
+    assert found["throughput/data_wait_share"] == pytest.approx(0.75 / 13)
     assert found["throughput/tiles_mean"] == found["throughput/tiles_max"] == GRID.tiles
     assert found["throughput/slowest_rank_lag"] == 0
     assert 0.05 < found["throughput/peak_memory_gib"] < 100
@@ -60,13 +64,13 @@ def test_figures_over_processes_equal_a_loop() -> None:
     ranks[3, 6] = 4.0  # waits for its data
     found = figures(ranks)
     rows = ranks.tolist()
-    longest = max(row[6] + row[7] for row in rows)
+    longest = max(row[7] for row in rows)
     own = [row[6] + row[8] for row in rows]
     expected = {
         "samples_per_second": sum(row[0] for row in rows) / longest,
         "visual_tokens_per_second": sum(row[1] for row in rows) / longest,
-        "data_wait_share": sum(row[6] / (row[6] + row[7]) for row in rows) / 5,
-        "data_wait_share_max": max(row[6] / (row[6] + row[7]) for row in rows),
+        "data_wait_share": sum(row[6] / row[7] for row in rows) / 5,
+        "data_wait_share_max": max(row[6] / row[7] for row in rows),
         "peak_memory_gib": max(row[5] for row in rows),
         "tiles_mean": sum(row[3] for row in rows) / sum(row[2] for row in rows),
         "tiles_max": max(row[4] for row in rows),
