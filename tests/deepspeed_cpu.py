@@ -42,7 +42,7 @@ class CPUDeepSpeed(DeepSpeedStrategy):
 
 
 class Start(Callback):
-    """Writes the size of the adapter's factors, as training starts, into `start.json`."""
+    """Writes into `start.json`, as training starts, the size of the adapter's factors and the dtype of rotary frequencies."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         names = [name for name, weight in pl_module.named_parameters() if weight.requires_grad]
@@ -50,5 +50,6 @@ class Start(Callback):
         sizes = {
             part: sum(float(w.abs().sum()) for n, w in weights.items() if part in n) for part in ("lora_A", "lora_B")
         }
+        rotary = {str(value.dtype) for name, value in pl_module.named_buffers() if name.endswith("inv_freq")}
         if trainer.is_global_zero:
-            (Path(trainer.default_root_dir) / "start.json").write_text(json.dumps(sizes))
+            (Path(trainer.default_root_dir) / "start.json").write_text(json.dumps({**sizes, "rotary": sorted(rotary)}))

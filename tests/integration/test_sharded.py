@@ -153,6 +153,20 @@ def only_what_is_trained_is_saved(folder: Path, capsys: pytest.CaptureFixture[st
     assert trained and set(held) - set(trained) <= {"guide.model.base_model.model.lm_head.weight"}  # tied, and kept
 
 
+@needs_deepspeed
+def test_half_precision_leaves_positions_alone(config: Path, single: Path, tmp_path: Path) -> None:
+    path, root = tmp_path / "overlay.yaml", tmp_path / "run"
+    content = overlay("deepspeed_zero2")
+    content["trainer"]["precision"] = "bf16-mixed"
+    path.write_text(yaml.safe_dump(content))
+    done = fit("--config", str(config), "--config", str(path), f"--trainer.default_root_dir={root}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((root / "start.json").read_text())["rotary"] == ["torch.float32"]
+    found = weights(root)
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    assert 0 < difference(found, weights(single)) < 0.02
+
+
 def test_a_checkpoint_of_another_strategy_is_refused(config: Path, single: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed: pip install -e '.[deepspeed]'")
