@@ -15,7 +15,6 @@ from pgp_lightning.data.conversation import ConversationReader
 from pgp_lightning.data.loader import TrainingLoader
 from pgp_lightning.data.manifest import Manifest
 from pgp_lightning.data.mixture import Mixture, StreamSource
-from pgp_lightning.vlm.loading import load_processor
 
 
 def main() -> None:
@@ -27,6 +26,9 @@ def main() -> None:
     for name, value in (("lanes", 64), ("batch-size", 4), ("group-batches", 8), ("workers", 2)):
         parser.add_argument(f"--{name}", type=int, default=value)
     given = parser.parse_args()
+
+    from pgp_lightning.vlm.loading import load_processor  # here, because workers import this file
+
     reader = ConversationReader(load_processor(given.base))
 
     begin = time.perf_counter()
