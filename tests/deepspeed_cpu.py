@@ -42,7 +42,7 @@ class CPUDeepSpeed(DeepSpeedStrategy):
 
 
 class Start(Callback):
-    """Writes into `start.json`, as training starts, the size of the adapter's factors and the dtype of rotary frequencies."""
+    """Writes into `start.json`, as training starts, how large the adapter is and the dtype of rotary frequencies."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         names = [name for name, weight in pl_module.named_parameters() if weight.requires_grad]
