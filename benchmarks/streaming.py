@@ -4,7 +4,7 @@
     python benchmarks/streaming.py --tile-size 448 --max-tiles 6 --samples 1024
 
 Makes its own records (`streaming_data.py`): JPEG pictures as large as photographs in four sources of skewed sizes.
-Everything runs in turns in one process, on the same records, and is divided by one limit: `bare`, which holds the
+Everything runs in one process, in turns of random order, on the same records, and is divided by one limit: `bare`, which holds the
 records' bytes in memory and reads, checks, tokenises, decodes, tiles and collates them as training does, with no loader
 around it. The clock leaves out the first and the last twentieth of a pass, so that starting and stopping workers is not
 in it. Figures are medians, with the least and the most in brackets; processor seconds are of the workers alone and
@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import platform
+import random
 import statistics
 import tarfile
 import tempfile
@@ -270,8 +271,9 @@ def measure_speed(bench: Bench, folder: Path, workers: int, repeats: int) -> dic
     print("\n".join(missing))
     variants = variants_of(bench, others, workers)
     checksum = check_same(variants, bench.samples)
-    for _ in range(repeats):
-        for variant in variants.values():
+    for turn in range(repeats):
+        # In another order each time: what comes after the same neighbour every time is measured with its traces.
+        for variant in random.Random(turn).sample(list(variants.values()), len(variants)):
             time_pass(variant, bench.samples)
     print_speeds(variants)
     print_verdict(variants, others)
