@@ -4,12 +4,12 @@
     python benchmarks/streaming.py --tile-size 448 --max-tiles 6 --samples 1024
 
 Makes its own records (`streaming_data.py`): JPEG pictures as large as photographs in four sources of skewed sizes.
-Everything runs in one process, in turns of random order, on the same records, and is divided by one limit: `bare`, which holds the
-records' bytes in memory and reads, checks, tokenises, decodes, tiles and collates them as training does, with no loader
-around it. The clock leaves out the first and the last twentieth of a pass, so that starting and stopping workers is not
-in it. Figures are medians, with the least and the most in brackets; processor seconds are of the workers alone and
-vary less on a machine that others use. With workers the limit is `bare` in as many processes at once. `--sections` has
-more: padding, the cost of estimating sizes, restarting, memory.
+Everything runs in one process, in turns of random order, on the same records, and is divided by one limit: `bare`,
+which holds the records' bytes in memory and reads, checks, tokenises, decodes, tiles and collates them as training
+does, with no loader around it. The clock leaves out the first and the last twentieth of a pass, so that starting and
+stopping workers is not in it. Figures are medians, with the least and the most in brackets; processor seconds are of
+the workers alone and vary less on a machine that others use. With workers the limit is `bare` in as many processes at
+once. `--sections` has more: padding, the cost of estimating sizes, restarting, memory.
 
 litdata and Hugging Face datasets are measured where they are installed (`pip install litdata datasets`). Linux only.
 """
