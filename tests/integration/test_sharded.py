@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from pgp_lightning.cli import main as lightning
 from pgp_lightning.tools import main as pgp
 from pgp_lightning.training.run import checkpoints, last_checkpoint
 from tests.integration.small_run import ROOT, small_config, write_config, write_manifest
@@ -25,7 +26,7 @@ needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: pip install -e '.[deepspeed]'"
 )
 STRATEGIES = [
-    "ddp",
+    pytest.param("ddp", marks=pytest.mark.slow),  # test_two_processes.py trains by it every time
     "fsdp2",
     pytest.param("deepspeed_zero2", marks=needs_deepspeed),
     pytest.param("deepspeed_zero3", marks=needs_deepspeed),
@@ -209,12 +210,13 @@ def test_what_does_not_go_together_is_refused_before_training(
 
 @pytest.mark.parametrize("strategy", ["one_gpu", "ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs here")
-def test_an_overlay_for_gpus_is_refused_where_there_are_none(strategy: str, tmp_path: Path) -> None:
-    done = fit(
-        "--config=configs/pgp.yaml", f"--config=configs/overlays/{strategy}.yaml",
-        f"--trainer.default_root_dir={tmp_path / 'run'}",
-    )  # fmt: skip
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
+def test_an_overlay_for_gpus_is_refused_where_there_are_none(
+    strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["lightning"])
+    configs = ["--config=configs/pgp.yaml", f"--config=configs/overlays/{strategy}.yaml"]
+    assert lightning(["fit", *configs, f"--trainer.default_root_dir={tmp_path / 'run'}"]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: ") and any(word in last.lower() for word in ("cuda", "gpu", "deepspeed")), last
     assert not (tmp_path / "run").exists()

@@ -57,7 +57,9 @@ def samples(root: Path, ranks: int) -> list[Any]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("precision", "limit"), [("64-true", 1e-9), ("32-true", 1e-4)])
+@pytest.mark.parametrize(
+    ("precision", "limit"), [("64-true", 1e-9), pytest.param("32-true", 1e-4, marks=pytest.mark.slow)]
+)
 def test_two_processes_are_one_with_twice_the_accumulation(
     config: Path, tmp_path: Path, precision: str, limit: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
