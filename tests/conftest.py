@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import settings
+
+# Read when torch is imported, by the programs that tests start, too. Several tests at a time, and processes within one,
+# wait for each other's threads longer than they compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A deadline per example measures the machine's load, not the code; pytest-timeout catches what hangs. Derandomised, so
 # that a run in CI fails only for what changed.
