@@ -106,9 +106,9 @@ def test_only_pictures_that_are_asked_about_must_be_known(manifest: str):
 def test_other_tiles_and_tokens_are_refused(manifest: str):
     guide, request = ObjectMap(manifest), ask(SCENES[:1], [0])
     with pytest.raises(ConfigError, match="5 tiles of 128 pixels with 64 tokens each: give the object map"):
-        guide(replace(request, grids=[replace(GRID, tokens_per_side=16)]))
+        guide(replace(request, grids=[GRID._replace(tokens_per_side=16)]))
     with pytest.raises(ConfigError, match="tile by embedded:guide"):
-        guide(replace(request, tiles=request.tiles[:4], grids=[replace(GRID, thumbnail=False)]))
+        guide(replace(request, tiles=request.tiles[:4], grids=[GRID._replace(thumbnail=False)]))
 
 
 @pytest.mark.parametrize(

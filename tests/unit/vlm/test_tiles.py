@@ -16,7 +16,10 @@ from pgp_lightning.vlm.llava import Llava
 from pgp_lightning.vlm.tiles import TileGrid, TileRule, cut_tiles
 from tests.tiny import GOLDEN, golden, golden_object
 
-GRIDS = st.builds(TileGrid, st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.booleans())
+UNCUT = (0.0, 0.0, 1.0, 1.0)
+GRIDS = st.builds(
+    TileGrid, st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.booleans(), frame=st.just(UNCUT)
+)
 
 
 def slow_grid(rule: TileRule, width: int, height: int) -> tuple[int, int]:
