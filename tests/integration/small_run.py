@@ -60,3 +60,9 @@ def write_config(folder: Path, config: dict[str, Any]) -> Path:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     return path
+
+
+def second_process(first: int) -> int:
+    """Return the process that the first one started with the same program."""
+    children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+    return next(int(child) for child in children if b"pgp_lightning" in Path(f"/proc/{child}/cmdline").read_bytes())

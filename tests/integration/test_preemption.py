@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pgp_lightning import warning_signal
 from pgp_lightning.tools import main as pgp
-from tests.integration.small_run import ROOT, small_config, write_config, write_manifest
+from tests.integration.small_run import ROOT, second_process, small_config, write_config, write_manifest
 from tests.trace import read_trace
 
 STEPS = 12
@@ -35,12 +35,6 @@ def finish(process: subprocess.Popen[bytes]) -> str:
     output, _ = process.communicate()
     assert process.returncode == 0, output.decode()
     return output.decode()
-
-
-def second_process(first: int) -> int:
-    """Return the process that the first one started with the same program."""
-    children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
-    return next(int(child) for child in children if b"pgp_lightning" in Path(f"/proc/{child}/cmdline").read_bytes())
 
 
 @pytest.mark.timeout(600)

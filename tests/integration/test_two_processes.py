@@ -16,7 +16,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pgp_lightning.tools import main as pgp
-from tests.integration.small_run import ROOT, small_config, write_config, write_manifest
+from tests.integration.small_run import ROOT, second_process, small_config, write_config, write_manifest
 from tests.trace import read_trace
 
 STEPS = 20
@@ -96,10 +96,8 @@ def test_when_one_process_is_killed_the_others_end_and_the_run_goes_on(config: P
     process = start(config, root, *often)
     while len(read_trace(root, rank=1)) < 5 and process.poll() is None:
         time.sleep(0.005)
-    first = process.pid
-    children = [int(child) for child in Path(f"/proc/{first}/task/{first}/children").read_text().split()]
-    second = next(child for child in children if b"pgp_lightning" in Path(f"/proc/{child}/cmdline").read_bytes())
-    os.kill((first, second)[rank], signal.SIGKILL)
+    second = second_process(process.pid)
+    os.kill((process.pid, second)[rank], signal.SIGKILL)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     while Path(f"/proc/{second}").exists() and b"pgp_lightning" in Path(f"/proc/{second}/cmdline").read_bytes():
