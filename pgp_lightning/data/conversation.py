@@ -57,6 +57,9 @@ class Processor(Protocol):
     def prompt_length(self, question: str, answer: str, visual_tokens: int) -> int:
         """Return the number of slots of a prompt with its answer."""
 
+    def fits(self, question: str, answer: str, visual_tokens: int, budget: int) -> bool:
+        """Say whether a prompt with its answer takes at most so many slots."""
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -151,13 +154,14 @@ class ConversationReader:
 
     def _tile_limit(self, key: str, turns: tuple[Turn, ...], rule: TileRule, width: int, height: int) -> int:
         """Return the greatest number of tiles with which every turn fits the length budget."""
-        budget, limit, length = self.budget, rule.max_tiles, 0
+        model, budget, limit, visual = self.processor, self.budget, rule.max_tiles, 0
         while limit >= 1:
             grid = limited_rule(rule, limit).grid(width, height)
-            length = max(self.processor.prompt_length(turn.question, turn.answer, grid.tokens) for turn in turns)
-            if length <= budget:
+            visual = grid.tokens
+            if all(model.fits(turn.question, turn.answer, visual, budget) for turn in turns):
                 return limit
             limit = min(limit, grid.columns * grid.rows) - 1
+        length = max(model.prompt_length(turn.question, turn.answer, visual) for turn in turns)
         raise UnusableRecord("too-long", f"{key}: {length} slots with one tile, the budget is {budget}")
 
 

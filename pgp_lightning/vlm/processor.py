@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -141,6 +144,38 @@ class Processor:
         """Return how many prompt slots a turn takes."""
         ids = self.prompt(question, answer, "question_first")
         return len(ids.before) + visual_tokens + len(ids.after) + len(ids.answer)
+
+    def fits(self, question: str, answer: str, visual_tokens: int, budget: int) -> bool:
+        """Say whether a turn takes at most so many prompt slots; it is tokenised only if its characters leave a doubt.
+
+        A tokenizer makes at most one token of an ASCII character. That holds for bytes, characters and words, and no
+        Unicode normalisation touches ASCII.
+        """
+        around, most = self._slots_around_texts, sys.maxsize
+        if around is not None and question.isascii() and answer.isascii():
+            most = around + len(question) + len(answer) + visual_tokens
+        return most <= budget or self.prompt_length(question, answer, visual_tokens) <= budget
+
+    @cached_property
+    def _slots_around_texts(self) -> int | None:
+        """The most slots that a prompt takes besides a question and an answer of as many tokens as characters.
+
+        Added tokens cut a text, and what lies between two of them is tokenised by itself. None if a part that holds a
+        question or an answer has other characters than ASCII, of which a token's number is not known.
+        """
+        added, mark, slots = self.tokenizer.get_added_vocab(), "\0", 0
+        cut = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
+        before, after = self.template.render(mark, "question_first")
+        for text in (before, after, self.template.answer_open + mark + self.template.stop):
+            slots += len(cut.findall(text))
+            for part in cut.split(text):
+                if mark not in part:
+                    slots += len(self.encode(part))
+                elif part.isascii():
+                    slots += len(part) - len(mark) + 1  # some tokenizers put a space before each part
+                else:
+                    return None
+        return slots
 
     def conversation(self, messages: Sequence[Message], visual_tokens: Sequence[int]) -> tuple[list[int], list[int]]:
         """Return ids and labels of a conversation of any number of turns and images.

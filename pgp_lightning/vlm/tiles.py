@@ -10,6 +10,7 @@ raster order, the thumbnail last ("tile-raster order").
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -119,24 +120,20 @@ class TileRule:
             raise ValueError(f"fit must be stretch, or pad or crop with one tile, got {self.fit!r}, {self.max_tiles}")
         object.__setattr__(self, "padding", tuple(self.padding))  # JSON has lists
 
+    @property
+    def most_bytes(self) -> int:
+        """Most bytes that the tiles of an image can take."""
+        return (self.max_tiles + int(self.thumbnail and self.max_tiles > 1)) * 3 * self.tile_size**2
+
     def grid(self, width: int, height: int) -> TileGrid:
         """Choose the grid for an image of width x height pixels."""
         if self.fit != "stretch":
             left, top, right, bottom = self._square(width, height)
             frame = (left / width, top / height, right / width, bottom / height)
             return TileGrid(1, 1, self.tokens_per_side, False, frame)
-        candidates = sorted(
-            (
-                (columns, rows)
-                for columns in range(1, self.max_tiles + 1)
-                for rows in range(1, self.max_tiles + 1)
-                if self.min_tiles <= columns * rows <= self.max_tiles
-            ),
-            key=lambda grid: grid[0] * grid[1],
-        )
         ratio, area = width / height, width * height
         best, best_difference = (1, 1), float("inf")
-        for columns, rows in candidates:
+        for columns, rows in _shapes(self.min_tiles, self.max_tiles):
             difference = abs(ratio - columns / rows)
             # On an exact tie a larger grid wins only if the image fills more than half of it.
             if difference < best_difference or (
@@ -181,12 +178,20 @@ class TileRule:
             x, y = ((extent - size) // 2 for extent in image.size)
             image = image.crop((x, y, x + size, y + size))
         canvas = np.asarray(image.resize((size * grid.columns, size * grid.rows), Image.Resampling.BICUBIC))
-        cells = canvas.reshape(grid.rows, size, grid.columns, size, 3)
-        tiles = cells.transpose(0, 2, 4, 1, 3).reshape(-1, 3, size, size)
+        cells = canvas.reshape(grid.rows, size, grid.columns, size, 3).transpose(0, 2, 4, 1, 3)
+        tiles = np.empty((grid.tiles, 3, size, size), dtype=np.uint8)
+        tiles[: grid.columns * grid.rows].reshape(cells.shape)[:] = cells
         if grid.thumbnail:
-            small = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-            tiles = np.concatenate([tiles, small[None]])
-        return np.ascontiguousarray(tiles), grid
+            tiles[-1] = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        return tiles, grid
+
+
+@lru_cache(maxsize=64)
+def _shapes(least: int, most: int) -> tuple[tuple[int, int], ...]:
+    """Return the columns and rows of all grids with so many tiles, by their number of tiles."""
+    sides = range(1, most + 1)
+    shapes = [(columns, rows) for columns in sides for rows in sides if least <= columns * rows <= most]
+    return tuple(sorted(shapes, key=lambda shape: shape[0] * shape[1]))
 
 
 def cut_tiles(image: Image.Image, rule: TileRule, max_tiles: int | None = None) -> tuple[np.ndarray, TileGrid]:

@@ -66,6 +66,9 @@ class WordProcessor:
     def prompt_length(self, question: str, answer: str, visual_tokens: int) -> int:
         return len(question.split()) + len(answer.split()) + visual_tokens
 
+    def fits(self, question: str, answer: str, visual_tokens: int, budget: int) -> bool:
+        return self.prompt_length(question, answer, visual_tokens) <= budget
+
 
 def stream_source(folder: Path, repeat: float = 1.0, allowed_rejects: float = 0.0) -> StreamSource:
     """Return a written source as the stream sees it."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.vlm.internvl import TEMPLATES
 from pgp_lightning.vlm.llava import VICUNA
+from pgp_lightning.vlm.loading import load_tokenizer
 from pgp_lightning.vlm.processor import ChatTemplate, Message, Processor, read_side_car
 from pgp_lightning.vlm.tiles import TileRule
 from tests.tiny import GOLDEN, RULE, golden, tiny_processor
@@ -121,6 +124,46 @@ def test_a_prompt_of_one_turn_is_the_beginning_of_the_training_sample(case: dict
     assert ids == case["input_ids"][: len(ids)]
     assert [i for i in case["labels"] if i != -100][: len(prompt.answer)] == prompt.answer
     assert processor.prompt_length(text, answer["value"], count) == len(ids)
+
+
+PIECES = ("a", "Z", " ", "  ", "\n", "\t", "\r\n", "<", ">", "|", "12345", "what is", "'s", "~", "\0", "<|im_end|>")
+
+
+def random_text(generator: random.Random, more: tuple[str, ...]) -> str:
+    return "".join(generator.choices(PIECES + more, k=generator.randrange(1, 30)))
+
+
+@pytest.mark.parametrize("name", ["internlm2", "internlm2_spm", "qwen", "qwen2_bpe"])
+@pytest.mark.parametrize("template", [*TEMPLATES, "vicuna"])
+def test_what_fits_is_what_is_no_longer_than_the_budget(name: str, template: str, monkeypatch: pytest.MonkeyPatch):
+    tokenizer = load_tokenizer(GOLDEN / "internvl_tokenizers" / name)
+    processor = Processor(tokenizer, TileRule(), {**TEMPLATES, "vicuna": VICUNA}[template], 999)
+    generator, others = random.Random(name + template), ("\u00e9", "\u9e7f", "\ufdfa")
+    texts = [(random_text(generator, more), random_text(generator, more)) for more in ((), others) for _ in range(60)]
+    for question, answer in texts:
+        length = processor.prompt_length(question, answer, 7)
+        for budget in (length - 1, length, length + 5, length + 40):
+            assert processor.fits(question, answer, 7, budget) == (length <= budget), (question, answer, budget)
+
+    def refuse(*_: Any, **__: Any) -> list[int]:
+        raise AssertionError("tokenised")
+
+    monkeypatch.setattr(tokenizer, "encode", refuse)
+    around = processor._slots_around_texts
+    assert around is not None and around < 200
+    for question, answer in texts[:60]:
+        assert processor.fits(question, answer, 7, 7 + around + len(question) + len(answer))
+        with pytest.raises(AssertionError, match="tokenised"):
+            processor.fits(question, answer, 7, 6 + around + len(question) + len(answer))
+    with pytest.raises(AssertionError, match="tokenised"):
+        processor.fits("\u00e9", "a", 7, 10_000)
+
+
+def test_a_template_whose_words_around_a_question_are_not_ascii_gives_no_bound():
+    processor = replace(toy("qwen", "Hermes-2"), template=ChatTemplate(user="<|im_start|>\u9e7f: "))
+    assert processor._slots_around_texts is None
+    length = processor.prompt_length("what", "this", 3)
+    assert processor.fits("what", "this", 3, length) and not processor.fits("what", "this", 3, length - 1)
 
 
 @pytest.mark.parametrize("case", VICUNA_CHATS, ids=case_name)
