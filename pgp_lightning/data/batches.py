@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pgp_lightning.data.collate import Batch, Item, collate
+from pgp_lightning.data.collate import Batch, Item, collate, joined
 from pgp_lightning.data.conversation import Conversation, ConversationReader
 from pgp_lightning.data.grouping import Place, SlotEstimate, lane_batches
 from pgp_lightning.data.index import Shard
@@ -21,6 +23,7 @@ from pgp_lightning.data.records import RawRecord, UnusableRecord
 from pgp_lightning.data.rejects import DAMAGED
 from pgp_lightning.data.remote import ShardCache
 from pgp_lightning.data.shards import ShardReader
+from pgp_lightning.data.tile_pool import Handed, TilePool
 from pgp_lightning.errors import ConfigError, DataError
 
 __all__ = ["BatchRange", "EvaluationBatches", "Failure", "Nothing", "Parcel", "TrainingBatches"]
@@ -46,12 +49,15 @@ class Nothing:
 Parcel = Batch | Failure | Nothing
 
 
-class BatchRange(IterableDataset[Parcel]):
+class BatchRange(IterableDataset["Parcel | Handed"]):
     """A range of this rank's batches, of which DataLoader worker w makes every workers-th one.
 
     DataLoader collects from its workers in turn, beginning with worker 0; which batches are a worker's therefore
     depends on the first, so that batches keep their order wherever the range begins.
     """
+
+    pool: TilePool | None = None
+    """Where workers put their tiles; set by what starts the workers."""
 
     def __init__(self, first: int, stop: int) -> None:
         self.first, self.stop = first, stop
@@ -62,18 +68,24 @@ class BatchRange(IterableDataset[Parcel]):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         return range(self.first + worker, self.stop, workers)
 
-    @property
-    def shared(self) -> bool:
-        """Whether batches go to another process."""
-        return get_worker_info() is not None
+    def join(self, tiles: Sequence[np.ndarray]) -> Tensor:
+        """Return the tiles of a batch's images as one tensor, where a worker has to put it."""
+        info = get_worker_info()
+        return joined(tiles) if info is None or self.pool is None else self.pool.join(info.id, tiles)
+
+    def most_bytes(self) -> int:
+        """Return the most bytes that the tiles of a batch can take."""
+        raise NotImplementedError
 
     def batches(self) -> Iterator[Batch | Nothing]:
         """Make the batches that are this process's."""
         raise NotImplementedError
 
-    def __iter__(self) -> Iterator[Parcel]:
+    def __iter__(self) -> Iterator[Parcel | Handed]:
+        pool = self.pool if get_worker_info() else None
         try:
-            yield from self.batches()
+            for batch in self.batches():
+                yield batch if pool is None or isinstance(batch, Nothing) else pool.hand_over(batch)
         except (ConfigError, DataError) as error:  # the one if a shard cannot be fetched with these settings
             yield Failure(error)
 
@@ -157,6 +169,10 @@ class TrainingBatches(BatchRange):
         self.mixture, self.reader, self.cache = mixture, reader, cache
         self.rank, self.ranks = rank, ranks
 
+    def most_bytes(self) -> int:
+        """Return the most bytes that the tiles of a batch can take."""
+        return self.mixture.batch_size * _most_bytes(self.reader, self.mixture.sources)
+
     def batches(self) -> Iterator[Batch]:
         """Make the batches that are this process's; every record of the mixture's order yields exactly one item."""
         mixture = self.mixture
@@ -180,7 +196,7 @@ class TrainingBatches(BatchRange):
                 self._item(records, orders[source], candidates, index, rejected)
                 for index, (source, candidates) in enumerate(next(lanes[lane]), start=batch * mixture.batch_size)
             ]
-            yield collate(items, epoch, rejected, self.shared)
+            yield collate(items, epoch, rejected, self.join)
 
     def _item(
         self, records: _Records, order: SourceOrder, candidates: Iterator[int], index: int, rejected: Counter[str]
@@ -223,6 +239,10 @@ class EvaluationBatches(BatchRange):
         self.sources, self.reader, self.contents, self.ranks, self.cache = sources, reader, batches, ranks, cache
         self.offsets = [0, *accumulate(source.samples for source in sources)]
 
+    def most_bytes(self) -> int:
+        """Return the most bytes that the tiles of a batch can take."""
+        return max(map(len, self.contents)) * _most_bytes(self.reader, self.sources)
+
     def batches(self) -> Iterator[Batch | Nothing]:
         """Make the batches that are this process's; unusable records are left out, never replaced."""
         records = _Records(self.reader, len(self.sources) + 1, self.cache)
@@ -239,7 +259,12 @@ class EvaluationBatches(BatchRange):
                 items.append(Item(conversation, source.name, self.offsets[which] + position))
             if not items and self.ranks > 1:  # a rank that skips a batch would leave the others waiting for it
                 raise DataError(f"no record of an evaluation batch can be used ({dict(rejected)}): use larger batches")
-            yield collate(items, rejected=rejected, shared=self.shared) if items else Nothing(dict(rejected))
+            yield collate(items, rejected=rejected, join=self.join) if items else Nothing(dict(rejected))
+
+
+def _most_bytes(reader: ConversationReader, sources: Sequence[StreamSource]) -> int:
+    """Return the most bytes that the tiles of a record can take."""
+    return max(reader.rule(source.max_tiles).most_bytes for source in sources)
 
 
 def _in_order(source: StreamSource, position: int) -> tuple[Shard, int]:

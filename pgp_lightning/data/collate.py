@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.multiprocessing import get_sharing_strategy
 
 from pgp_lightning.data.conversation import Conversation
 from pgp_lightning.vlm.request import Request
 
-__all__ = ["Batch", "Item", "collate"]
+__all__ = ["Batch", "Item", "collate", "joined"]
 
 
 class Item(NamedTuple):
@@ -108,8 +107,16 @@ class Batch:
         return replace(self, request=request)
 
 
+def joined(tiles: Sequence[np.ndarray]) -> Tensor:
+    """Return the tiles of several images as one tensor."""
+    return torch.from_numpy(np.concatenate(tiles))
+
+
 def collate(
-    items: Sequence[Item], epoch: int = 0, rejected: Mapping[str, int] | None = None, shared: bool = False
+    items: Sequence[Item],
+    epoch: int = 0,
+    rejected: Mapping[str, int] | None = None,
+    join: Callable[[Sequence[np.ndarray]], Tensor] = joined,
 ) -> Batch:
     """Put conversations into one batch.
 
@@ -117,7 +124,7 @@ def collate(
         items: at least one.
         epoch: the data epoch.
         rejected: "source/reason" -> records left out on the way.
-        shared: put tiles into memory that another process can read, as a worker has to.
+        join: makes one tensor of the images' tiles.
     """
     rows = [
         (image, place, turn) for image, item in enumerate(items) for place, turn in enumerate(item.conversation.turns)
@@ -125,7 +132,7 @@ def collate(
     of_rows = [items[image] for image, _, _ in rows]
     request = Request(
         questions=[turn.question for _, _, turn in rows],
-        tiles=_joined([item.conversation.tiles for item in items], shared),
+        tiles=join([item.conversation.tiles for item in items]),
         grids=[item.conversation.grid for item in items],
         images=[image for image, _, _ in rows],
     )
@@ -141,19 +148,6 @@ def collate(
         epoch=epoch,
         rejected=dict(rejected or {}),
     )
-
-
-def _joined(tiles: list[np.ndarray], shared: bool) -> Tensor:
-    """Return the tiles of several images as one tensor."""
-    if not shared or get_sharing_strategy() != "file_descriptor":
-        return torch.from_numpy(np.concatenate(tiles))
-    # Shared memory is a file. Writing to it is cheaper than copying through a mapping of it, which faults in each page.
-    storage = torch.UntypedStorage._new_shared(sum(part.nbytes for part in tiles))
-    with open(storage._share_fd_cpu_()[0], "wb", closefd=False) as file:
-        file.seek(0)  # making it may have left the position elsewhere
-        for part in tiles:
-            file.write(part.data)
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(-1, *tiles[0].shape[1:])
 
 
 def _relevant(counts: list[int], rows: list[tuple[int, ...] | None]) -> Tensor | None:

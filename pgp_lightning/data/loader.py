@@ -24,6 +24,7 @@ from pgp_lightning.data.mixture import Mixture, StreamSource, check_topology
 from pgp_lightning.data.parent_watch import end_with_parent
 from pgp_lightning.data.rejects import RejectTally, rejects_by_source
 from pgp_lightning.data.remote import ShardCache
+from pgp_lightning.data.tile_pool import TilePool
 from pgp_lightning.errors import ConfigError
 
 __all__ = ["FORMERLY", "EvaluationLoader", "TrainingLoader"]
@@ -51,6 +52,7 @@ def _deliver(dataset: BatchRange, workers: int, pin_memory: bool, tally: RejectT
         # What a worker needs to unpickle its reader is imported once, in the server.
         context.set_forkserver_preload([__name__, "pgp_lightning.vlm.processor"])
         options = {"multiprocessing_context": context, "prefetch_factor": 2, "worker_init_fn": end_with_parent}
+        dataset.pool = TilePool(workers, dataset.most_bytes())
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin_memory, **options)
     with _signals_blocked():
         parcels: Iterable[Parcel] = iter(loader)

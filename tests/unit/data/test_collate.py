@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -40,29 +39,6 @@ def test_rows_are_turns_that_share_their_image() -> None:
 def test_no_relevant_tokens_is_none() -> None:
     grid = TileGrid(1, 1, 2, False)
     assert collate([Item(conversation("k", grid, (Turn("q", "a"),)), "s", 0)]).request.relevant is None
-
-
-@pytest.mark.parametrize("strategy", ["file_descriptor", "file_system"])
-def test_shared_tiles_are_the_same_and_travel_without_a_copy(monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
-    grids = TileGrid(2, 1, 2, True), TileGrid(1, 1, 2, False)
-    generator = np.random.default_rng(0)
-    items = []
-    for grid in grids:
-        tiles = generator.integers(0, 256, (grid.tiles, 3, 8, 8), dtype=np.uint8)
-        items.append(Item(Conversation("k", (Turn("q", "a"),), tiles, grid), "s", 0))
-    expected = torch.cat([torch.from_numpy(item.conversation.tiles) for item in items])
-    monkeypatch.setattr("pgp_lightning.data.collate.get_sharing_strategy", lambda: strategy)
-    tiles = collate(items, shared=True).request.tiles
-    assert torch.equal(tiles, expected) and tiles.dtype == torch.uint8 and tiles.is_contiguous()
-    assert tiles.is_shared() == (strategy == "file_descriptor")
-    assert not collate(items).request.tiles.is_shared()
-    # What a queue sends is the same memory, and it stays when the sender is done with it.
-    received = ForkingPickler.loads(ForkingPickler.dumps(tiles))
-    if tiles.is_shared():
-        tiles[0] = 7
-        expected[0] = 7
-    del tiles
-    assert torch.equal(received, expected)
 
 
 def test_to_moves_tensors_only() -> None:

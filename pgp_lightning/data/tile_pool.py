@@ -1,0 +1,113 @@
+"""Shared memory for tiles on their way out of worker processes, used again instead of made anew.
+
+A fresh piece of shared memory costs its pages, which the system makes, clears and maps in both processes: many times
+what copying the tiles costs. So every worker has some slots that stay mapped. It fills one that is free and sends the
+slot's place; the receiver looks at the tiles where they are, and once nothing there refers to them any more, the slot
+is free again. When somebody keeps so many batches that no slot is free, tiles travel as any tensor does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pgp_lightning.data.collate import Batch
+
+__all__ = ["Handed", "TilePool"]
+
+# Two batches that wait, the one that is being made, and the one that is in use.
+_SLOTS = 4
+
+# A batch finds its pool by number in the process that made the pool.
+_pools: weakref.WeakValueDictionary[int, TilePool] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+
+
+class TilePool:
+    """Slots of shared memory, `_SLOTS` for each worker; made by the process that receives, pickled to the workers.
+
+    Memory that was never written to takes no room, and a worker fills the first free slot, so slots grow to the
+    largest batch they ever held, and those that were never needed stay empty.
+
+    Args:
+        workers: number of worker processes.
+        slot_bytes: the most that the tiles of a batch may take.
+    """
+
+    def __init__(self, workers: int, slot_bytes: int) -> None:
+        self.number = next(_numbers)
+        storage = torch.UntypedStorage._new_shared(workers * _SLOTS * slot_bytes)
+        self._slots = torch.empty(0, dtype=torch.uint8).set_(storage).view(workers, _SLOTS, slot_bytes)
+        # A flag has one writer at a time: the worker while it is 0, the receiver while it is 1.
+        self._taken = torch.zeros(workers, _SLOTS, dtype=torch.uint8).share_memory_()
+        _pools[self.number] = self
+
+    def join(self, worker: int, tiles: Sequence[np.ndarray]) -> Tensor:
+        """Return the tiles of several images as one tensor, which lies in a slot of the worker's if one is free."""
+        shape = (sum(len(part) for part in tiles), *tiles[0].shape[1:])
+        size = sum(part.nbytes for part in tiles)
+        free = (slot for slot, taken in enumerate(self._taken[worker].tolist()) if not taken)
+        slot = next(free, None)
+        if slot is None or size > self._slots.shape[-1]:
+            return torch.from_numpy(np.concatenate(tiles))
+        joined = self._slots[worker, slot, :size].view(shape)
+        np.concatenate(tiles, out=joined.numpy())
+        self._taken[worker, slot] = 1
+        return joined
+
+    def hand_over(self, batch: Batch) -> Batch | Handed:
+        """Return what a worker sends of a batch: its tiles' place if they lie in a slot."""
+        tiles = batch.request.tiles
+        if tiles.untyped_storage().data_ptr() != self._slots.data_ptr():
+            return batch
+        worker, slot = divmod(tiles.storage_offset() // self._slots.shape[-1], _SLOTS)
+        return Handed(batch, _Place(self.number, worker, slot, tuple(tiles.shape)))
+
+    def look_at(self, place: _Place) -> Tensor:
+        """Return the tiles in a slot, which is free again when the tensor and all its views are gone."""
+        size = int(np.prod(place.shape))
+        tiles = self._slots[place.worker, place.slot, :size].view(place.shape).numpy()
+        freed = weakref.finalize(tiles, self._taken[place.worker].numpy().__setitem__, place.slot, 0)
+        freed.atexit = False
+        return torch.from_numpy(tiles)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where tiles are: pool, worker, slot; and their shape."""
+
+    pool: int
+    worker: int
+    slot: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Handed:
+    """A batch whose tiles lie in a pool; unpickled in the process of the pool, it is the batch again."""
+
+    batch: Batch
+    place: _Place
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        bare, relevant = copy(self.batch), self.batch.request.relevant
+        bare.request = copy(bare.request)
+        # Tensors would travel through shared memory of their own.
+        bare.request.tiles, bare.request.relevant = _NOTHING, None
+        return _received, (bare, self.place, None if relevant is None else relevant.numpy())
+
+
+def _received(bare: Batch, place: _Place, relevant: np.ndarray | None) -> Batch:
+    """Return a batch with its tiles."""
+    bare.request.tiles = _pools[place.pool].look_at(place)
+    bare.request.relevant = None if relevant is None else torch.from_numpy(relevant)
+    return bare
