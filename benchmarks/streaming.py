@@ -4,12 +4,13 @@
     python benchmarks/streaming.py --tile-size 448 --max-tiles 6 --samples 1024
 
 Makes its own records (`streaming_data.py`): JPEG pictures as large as photographs in four sources of skewed sizes.
-Everything runs in one process, in turns of random order, on the same records, and is divided by one limit: `bare`,
-which holds the records' bytes in memory and reads, checks, tokenises, decodes, tiles and collates them as training
-does, with no loader around it. The clock leaves out the first and the last twentieth of a pass, so that starting and
-stopping workers is not in it. Figures are medians, with the least and the most in brackets; processor seconds are of
-the workers alone and vary less on a machine that others use. With workers the limit is `bare` in as many processes at
-once. `--sections` has more: padding, the cost of estimating sizes, restarting, memory.
+Everything runs in turns of random order on the same records, without workers a few records at a time, and is divided
+by one limit: `bare`, which holds the records' bytes in memory and reads, checks, tokenises, decodes, tiles and collates
+them as training does, with no loader around it. The clock leaves out the first twentieth of a pass and the last, so
+that starting and stopping workers is not in it. Figures are medians, with the least and the most in brackets, and
+shares medians of each turn's; processor seconds are of the workers alone and vary less on a machine that others use.
+With workers the limit is `bare` in as many processes at once. `--sections` has more: padding, the cost of estimating
+sizes, restarting, memory.
 
 litdata and Hugging Face datasets are measured where they are installed (`pip install litdata datasets`). Linux only.
 """
@@ -47,6 +48,7 @@ from pgp_lightning.data.records import RawRecord
 from pgp_lightning.vlm.tiles import cut_tiles
 
 GROUP = 8  # batches of a lane that are sorted together
+PIECE = 16  # records of a variant without workers before another one's turn
 EDGE = 0.05  # share of a pass before the clock starts, and after it stops
 LEAST = 0.9  # of what the bare loop does per worker
 
@@ -201,8 +203,38 @@ def check_same(variants: dict[str, Variant], samples: int) -> int:
     return zlib.crc32(json.dumps(sorted((expected or {}).items())).encode())
 
 
+def time_in_turns(variants: Sequence[Variant], samples: int, generator: random.Random) -> None:
+    """Time a pass of variants without workers, some records of each in turn, so that all meet the same machine."""
+    passes = [_pieces_of(variant, samples) for variant in variants]
+    while passes:
+        for one in generator.sample(passes, len(passes)):
+            if next(one, None) is None:
+                passes.remove(one)
+
+
+def _pieces_of(variant: Variant, samples: int) -> Iterator[int]:
+    """Go through a pass and pause, with the clock stopped, after some records; yield their number."""
+    count = before = timed = 0
+    seconds = processor = 0.0
+    start = time.perf_counter(), time.process_time()
+    for piece in variant.make():
+        count += len(piece)
+        if count - before < PIECE:
+            continue
+        if before >= EDGE * samples:
+            seconds += time.perf_counter() - start[0]
+            processor += time.process_time() - start[1]
+            timed += count - before
+        yield count - before
+        before = count
+        start = time.perf_counter(), time.process_time()
+    variant.seconds.append(seconds / timed)
+    variant.processor.append(processor / timed)
+    variant.receiving.append(0.0)
+
+
 def time_pass(variant: Variant, samples: int) -> None:
-    """Time a pass over the records between its edges, where all workers work."""
+    """Time a pass of a variant with workers between its edges, where all of them work."""
     count, first, before = 0, 0, len(variant.seconds)
     start = 0.0
     mine, spent = list[int](), list[float]()
@@ -216,8 +248,8 @@ def time_pass(variant: Variant, samples: int) -> None:
             here, workers = ((b - a) / (count - first) for a, b in zip(spent, _spent(mine), strict=True))
             if len(mine) > len(set(mine) & set(processes())):
                 workers = float("nan")  # one has ended, with so few records, and its seconds are not known
-            variant.processor.append(workers if variant.workers else here)
-            variant.receiving.append(here if variant.workers else 0.0)
+            variant.processor.append(workers)
+            variant.receiving.append(here)
 
 
 def _spent(mine: list[int]) -> list[float]:
@@ -226,11 +258,14 @@ def _spent(mine: list[int]) -> list[float]:
 
 
 def ratio(variants: dict[str, Variant], name: str, to: str) -> tuple[float, float]:
-    """Return a variant's speed per worker over another's: by the clock, and by the processor seconds of its workers."""
+    """Return a variant's speed per worker over another's: by the clock, and by the processor seconds of its workers.
+
+    The ratio is taken turn by turn, since a turn's speeds were measured close to each other, and then the median.
+    """
     one, other = variants[name], variants[to]
-    clock = statistics.median(one.speeds) / statistics.median(other.speeds)
-    mine, theirs = statistics.median(one.processor), statistics.median(other.processor)
-    return clock, theirs / mine if mine else float("inf")
+    clock = statistics.median(a / b for a, b in zip(one.speeds, other.speeds, strict=True))
+    processor = statistics.median(b / a if a else math.inf for a, b in zip(one.processor, other.processor, strict=True))
+    return clock, processor
 
 
 def print_speeds(variants: dict[str, Variant]) -> None:
@@ -253,10 +288,9 @@ def print_verdict(variants: dict[str, Variant], others: Iterable[str]) -> None:
         if not name.startswith("ours") or variant.limit is None:
             continue
         rivals = [n for n, v in variants.items() if n.startswith(peer_names) and v.workers == variant.workers]
-        rival = max(rivals, key=lambda n: statistics.median(variants[n].speeds))
-        least = min(rivals, key=lambda n: statistics.median(variants[n].processor))
-        for kind, way, against in ((0, "clock", rival), (1, "processor", least)):
+        for kind, way in enumerate(("clock", "processor")):
             share = ratio(variants, name, variant.limit)[kind]
+            against = min(rivals, key=lambda rival: ratio(variants, name, rival)[kind])
             if math.isnan(share):
                 continue
             print(
@@ -271,9 +305,12 @@ def measure_speed(bench: Bench, folder: Path, workers: int, repeats: int) -> dic
     print("\n".join(missing))
     variants = variants_of(bench, others, workers)
     checksum = check_same(variants, bench.samples)
-    for turn in range(repeats):
+    generator = random.Random(0)
+    alone, with_workers = ([v for v in variants.values() if bool(v.workers) == some] for some in (False, True))
+    for _ in range(repeats):
+        time_in_turns(alone, bench.samples, generator)
         # In another order each time: what comes after the same neighbour every time is measured with its traces.
-        for variant in random.Random(turn).sample(list(variants.values()), len(variants)):
+        for variant in generator.sample(with_workers, len(with_workers)):
             time_pass(variant, bench.samples)
     print_speeds(variants)
     print_verdict(variants, others)

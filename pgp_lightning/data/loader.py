@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -52,7 +53,8 @@ def _deliver(dataset: BatchRange, workers: int, pin_memory: bool, tally: RejectT
         # What a worker needs to unpickle its reader is imported once, in the server.
         context.set_forkserver_preload([__name__, "pgp_lightning.vlm.processor"])
         options = {"multiprocessing_context": context, "prefetch_factor": 2, "worker_init_fn": end_with_parent}
-        dataset.pool = TilePool(workers, dataset.most_bytes())
+        if sys.platform == "linux":  # elsewhere tiles travel as any tensor does
+            dataset.pool = TilePool(workers, dataset.most_bytes())
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin_memory, **options)
     with _signals_blocked():
         parcels: Iterable[Parcel] = iter(loader)

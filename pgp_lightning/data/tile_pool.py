@@ -9,10 +9,14 @@ is free again. When somebody keeps so many batches that no slot is free, tiles t
 from __future__ import annotations
 
 import itertools
+import math
+import mmap
+import os
 import weakref
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
+from multiprocessing.reduction import DupFd
 from typing import Any
 
 import numpy as np
@@ -35,8 +39,9 @@ _NOTHING = torch.empty(0, dtype=torch.uint8)
 class TilePool:
     """Slots of shared memory, `_SLOTS` for each worker; made by the process that receives, pickled to the workers.
 
-    Memory that was never written to takes no room, and a worker fills the first free slot, so slots grow to the
-    largest batch they ever held, and those that were never needed stay empty.
+    It is a file without a name, which the system clears away with the last process that has it open, and which the
+    size of /dev/shm, 64 MB in many containers, does not limit. Only what was written to takes room: a worker fills the
+    first free slot, slots grow to the largest batch they ever held, and those that were never needed stay empty.
 
     Args:
         workers: number of worker processes.
@@ -44,39 +49,54 @@ class TilePool:
     """
 
     def __init__(self, workers: int, slot_bytes: int) -> None:
-        self.number = next(_numbers)
-        storage = torch.UntypedStorage._new_shared(workers * _SLOTS * slot_bytes)
-        self._slots = torch.empty(0, dtype=torch.uint8).set_(storage).view(workers, _SLOTS, slot_bytes)
-        # A flag has one writer at a time: the worker while it is 0, the receiver while it is 1.
-        self._taken = torch.zeros(workers, _SLOTS, dtype=torch.uint8).share_memory_()
+        self.number, self.workers, self.slot_bytes = next(_numbers), workers, slot_bytes
+        self._file = os.memfd_create("tiles")
+        weakref.finalize(self, os.close, self._file)
+        self._map()
         _pools[self.number] = self
+
+    def _map(self) -> None:
+        """Map the file: all slots, then a flag for each."""
+        slots, flags = self.workers * _SLOTS * self.slot_bytes, self.workers * _SLOTS
+        os.ftruncate(self._file, slots + flags)
+        memory = np.frombuffer(mmap.mmap(self._file, slots + flags), dtype=np.uint8)
+        self._slots = memory[:slots].reshape(self.workers, _SLOTS, self.slot_bytes)
+        # A flag has one writer at a time: the worker while it is 0, the receiver while it is 1.
+        self._taken = memory[slots:].reshape(self.workers, _SLOTS)
+
+    def __getstate__(self) -> tuple[int, int, int, Any]:
+        return self.number, self.workers, self.slot_bytes, DupFd(self._file)
+
+    def __setstate__(self, state: tuple[int, int, int, Any]) -> None:
+        self.number, self.workers, self.slot_bytes, file = state
+        self._file = file.detach()
+        self._map()
 
     def join(self, worker: int, tiles: Sequence[np.ndarray]) -> Tensor:
         """Return the tiles of several images as one tensor, which lies in a slot of the worker's if one is free."""
         shape = (sum(len(part) for part in tiles), *tiles[0].shape[1:])
         size = sum(part.nbytes for part in tiles)
-        free = (slot for slot, taken in enumerate(self._taken[worker].tolist()) if not taken)
-        slot = next(free, None)
-        if slot is None or size > self._slots.shape[-1]:
+        slot = int(self._taken[worker].argmin())
+        if self._taken[worker, slot] or size > self.slot_bytes:
             return torch.from_numpy(np.concatenate(tiles))
-        joined = self._slots[worker, slot, :size].view(shape)
-        np.concatenate(tiles, out=joined.numpy())
+        joined = self._slots[worker, slot, :size].reshape(shape)
+        np.concatenate(tiles, out=joined)
         self._taken[worker, slot] = 1
-        return joined
+        return torch.from_numpy(joined)
 
     def hand_over(self, batch: Batch) -> Batch | Handed:
         """Return what a worker sends of a batch: its tiles' place if they lie in a slot."""
         tiles = batch.request.tiles
-        if tiles.untyped_storage().data_ptr() != self._slots.data_ptr():
+        offset = tiles.data_ptr() - self._slots.ctypes.data
+        if not 0 <= offset < self._slots.nbytes:
             return batch
-        worker, slot = divmod(tiles.storage_offset() // self._slots.shape[-1], _SLOTS)
+        worker, slot = divmod(offset // self.slot_bytes, _SLOTS)
         return Handed(batch, _Place(self.number, worker, slot, tuple(tiles.shape)))
 
     def look_at(self, place: _Place) -> Tensor:
         """Return the tiles in a slot, which is free again when the tensor and all its views are gone."""
-        size = int(np.prod(place.shape))
-        tiles = self._slots[place.worker, place.slot, :size].view(place.shape).numpy()
-        freed = weakref.finalize(tiles, self._taken[place.worker].numpy().__setitem__, place.slot, 0)
+        tiles = self._slots[place.worker, place.slot, : math.prod(place.shape)].reshape(place.shape)
+        freed = weakref.finalize(tiles, self._taken[place.worker].__setitem__, place.slot, 0)
         freed.atexit = False
         return torch.from_numpy(tiles)
 

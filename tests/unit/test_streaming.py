@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -102,6 +103,33 @@ def test_the_clock_runs_between_the_edges_of_a_pass(benchmark, monkeypatch):
     variant = benchmark.Variant(pieces, workers=2)
     benchmark.time_pass(variant, 200)
     assert variant.seconds == [0.5] and variant.speeds == [1.0]
+
+
+def test_variants_without_workers_are_timed_by_turns_and_each_by_its_own_pieces(benchmark, monkeypatch):
+    now, order = [0.0], []
+
+    def pieces(name, seconds, start):
+        now[0] += start  # what comes before the first piece is in the edge that is left out
+        for _ in range(80):
+            now[0] += seconds
+            order.append(name)
+            yield range(4)
+
+    for clock in ("perf_counter", "process_time"):
+        monkeypatch.setattr(benchmark.time, clock, lambda: now[0])
+    slow, fast = (benchmark.Variant(lambda each=each: pieces(*each)) for each in (("slow", 8, 99), ("fast", 2, 77)))
+    benchmark.time_in_turns([slow, fast], 320, benchmark.random.Random(0))
+    assert slow.seconds == slow.processor == [2.0] and fast.seconds == fast.processor == [0.5]
+    assert slow.receiving == fast.receiving == [0.0]
+    assert order.count("slow") == order.count("fast") == 80
+    runs = [len(list(run)) for _, run in itertools.groupby(order)]
+    assert max(runs) == 8 and len(runs) > 20  # pieces of 16 records, of one or of two turns in a row
+
+
+def test_shares_are_taken_turn_by_turn(benchmark):
+    one, other = (benchmark.Variant(list, workers=2, seconds=list(s)) for s in ((1, 8, 30), (2, 4, 90)))
+    one.processor, other.processor = [1.0, 0.0, 2.0], [1.0, 1.0, 8.0]
+    assert benchmark.ratio({"a": one, "b": other}, "a", "b") == (2.0, 4.0)
 
 
 @pytest.mark.parametrize("group", [1, 8])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import pickle
 import random
 import threading
@@ -116,6 +118,14 @@ def test_what_is_larger_than_a_slot_travels_by_itself() -> None:
     sent = made(pool, 3, worker=0)
     assert isinstance(sent, Batch) and torch.equal(travelled(sent).request.tiles, expected(3))
     assert isinstance(made(pool, 3, images=1, worker=0), Handed)
+
+
+def test_only_what_was_written_to_takes_room() -> None:
+    pool = TilePool(8, 1 << 30)  # 32 GiB, were it all there
+    batches = [travelled(made(pool, seed)) for seed in range(20)]
+    del batches
+    blocks = 512 * os.fstat(pool._file).st_blocks
+    assert 0 < blocks <= (SLOTS + 1) * mmap.PAGESIZE
 
 
 def test_tiles_outlive_their_pool() -> None:
