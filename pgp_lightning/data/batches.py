@@ -25,6 +25,7 @@ from pgp_lightning.data.remote import ShardCache
 from pgp_lightning.data.shards import ShardReader
 from pgp_lightning.data.tile_pool import Handed, TilePool
 from pgp_lightning.errors import ConfigError, DataError
+from pgp_lightning.vlm.tiles import Empty, new_tiles
 
 __all__ = ["BatchRange", "EvaluationBatches", "Failure", "Nothing", "Parcel", "TrainingBatches"]
 
@@ -68,8 +69,13 @@ class BatchRange(IterableDataset["Parcel | Handed"]):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         return range(self.first + worker, self.stop, workers)
 
+    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Return an array for an image's tiles, where a worker has to put it."""
+        info = get_worker_info()
+        return new_tiles(shape) if info is None or self.pool is None else self.pool.empty(info.id, shape)
+
     def join(self, tiles: Sequence[np.ndarray]) -> Tensor:
-        """Return the tiles of a batch's images as one tensor, where a worker has to put it."""
+        """Return the tiles of a batch's images as one tensor."""
         info = get_worker_info()
         return joined(tiles) if info is None or self.pool is None else self.pool.join(info.id, tiles)
 
@@ -97,10 +103,11 @@ class _Records:
         reader: raw record -> conversation.
         capacity: number of shards whose tables are remembered.
         cache: where shards are fetched to.
+        empty: makes the arrays that tiles are written to.
     """
 
-    def __init__(self, reader: ConversationReader, capacity: int, cache: ShardCache | None) -> None:
-        self.reader = reader
+    def __init__(self, reader: ConversationReader, capacity: int, cache: ShardCache | None, empty: Empty) -> None:
+        self.reader, self._empty = reader, empty
         self._shards = ShardReader(capacity, cache)
         self._estimate = SlotEstimate(reader)
         self._damaged: dict[Path, str] = {}
@@ -112,7 +119,7 @@ class _Records:
             UnusableRecord: if it cannot be used; for a damaged shard, if the source says so.
             DataError: if the shard is damaged and the source says no more.
         """
-        return self.reader(self._read(source, shard, number), source.max_tiles)
+        return self.reader(self._read(source, shard, number), source.max_tiles, self._empty)
 
     def slots(self, source: StreamSource, shard: Shard, number: int) -> int:
         """Return a record's estimated slots, 0 for one that cannot be used.
@@ -176,7 +183,7 @@ class TrainingBatches(BatchRange):
     def batches(self) -> Iterator[Batch]:
         """Make the batches that are this process's; every record of the mixture's order yields exactly one item."""
         mixture = self.mixture
-        records = _Records(self.reader, mixture.lanes * len(mixture.sources), self.cache)
+        records = _Records(self.reader, mixture.lanes * len(mixture.sources), self.cache, self.empty)
         orders = [SourceOrder(source, mixture.seed, number) for number, source in enumerate(mixture.sources)]
         plan, lanes = None, dict[int, Iterator[list[Place]]]()
 
@@ -245,7 +252,7 @@ class EvaluationBatches(BatchRange):
 
     def batches(self) -> Iterator[Batch | Nothing]:
         """Make the batches that are this process's; unusable records are left out, never replaced."""
-        records = _Records(self.reader, len(self.sources) + 1, self.cache)
+        records = _Records(self.reader, len(self.sources) + 1, self.cache, self.empty)
         for number in self.mine():
             items: list[Item] = []
             rejected: Counter[str] = Counter()

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from pgp_lightning.data.records import RawRecord, UnusableRecord, parse_text
-from pgp_lightning.vlm.tiles import TileGrid, TileRule, cut_tiles
+from pgp_lightning.vlm.tiles import Empty, TileGrid, TileRule, cut_tiles, new_tiles
 
 __all__ = [
     "Conversation",
@@ -104,12 +104,13 @@ class ConversationReader:
     max_tiles: int | None = None
     max_pixels: int = MAX_PIXELS
 
-    def __call__(self, raw: RawRecord, max_tiles: int | None = None) -> Conversation:
+    def __call__(self, raw: RawRecord, max_tiles: int | None = None, empty: Empty = new_tiles) -> Conversation:
         """Read, check and tile a record.
 
         Args:
             raw: the record.
             max_tiles: its source's greatest number of tiles, which takes the place of the reader's own.
+            empty: makes the array that the tiles are written to.
 
         Raises:
             UnusableRecord: if it cannot be used.
@@ -128,7 +129,7 @@ class ConversationReader:
                 raise UnusableRecord("bad-relevant", f"{raw.key}: an index exceeds the image's visual tokens")
         limit = self._tile_limit(raw.key, turns, rule, *image.size)
         try:
-            tiles, grid = cut_tiles(image, self.processor.rule, limit)
+            tiles, grid = cut_tiles(image, self.processor.rule, limit, empty)
         except _IMAGE_ERRORS as error:
             raise UnusableRecord("bad-image", f"{raw.key}: {error}") from error
         if grid != finest or record.get("tokens", grid.tokens) != grid.tokens:

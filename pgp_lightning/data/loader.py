@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader
 
 from pgp_lightning.data.batches import BatchRange, EvaluationBatches, Failure, Parcel, TrainingBatches
@@ -33,6 +34,8 @@ __all__ = ["FORMERLY", "EvaluationLoader", "TrainingLoader"]
 # What settings were before they could be chosen; checkpoints of that time do not have them.
 FORMERLY: dict[str, Any] = {"weights": "count", "mixing": "random", "group_batches": 1, "own_max_tiles": {}}
 
+_KEPT_BYTES = 31 << 20  # glibc passes over blocks of 32 MiB and more
+
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
@@ -44,6 +47,20 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
+def _begin_worker(worker: int) -> None:
+    """Prepare a worker process: it ends with its parent, and keeps the memory that it frees."""
+    end_with_parent()
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Make glibc keep what was freed, or a picture's buffers would be mapped anew for every picture.
+
+    Its limits for giving memory back grow with the largest block that was freed, so one is made, and never written to.
+    """
+    np.empty(_KEPT_BYTES, dtype=np.uint8)
+
+
 def _deliver(dataset: BatchRange, workers: int, pin_memory: bool, tally: RejectTally) -> Iterator[Batch]:
     """Yield a dataset's batches, through worker processes if there are any, and account for what was rejected."""
     options: dict[str, Any] = {}
@@ -52,7 +69,7 @@ def _deliver(dataset: BatchRange, workers: int, pin_memory: bool, tally: RejectT
         context = multiprocessing.get_context("forkserver")
         # What a worker needs to unpickle its reader is imported once, in the server.
         context.set_forkserver_preload([__name__, "pgp_lightning.vlm.processor"])
-        options = {"multiprocessing_context": context, "prefetch_factor": 2, "worker_init_fn": end_with_parent}
+        options = {"multiprocessing_context": context, "prefetch_factor": 2, "worker_init_fn": _begin_worker}
         if sys.platform == "linux":  # elsewhere tiles travel as any tensor does
             dataset.pool = TilePool(workers, dataset.most_bytes())
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin_memory, **options)

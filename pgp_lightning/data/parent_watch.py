@@ -9,14 +9,11 @@ import threading
 __all__ = ["end_with_parent"]
 
 
-def end_with_parent(worker: int = 0) -> None:
+def end_with_parent() -> None:
     """Watch, from a thread, the process that started this one, and end when it is gone.
 
     A process killed with SIGKILL cannot stop its workers. Neither does a fork server: it lives as long as they do, and
     so a worker never finds itself without the parent that torch looks for.
-
-    Args:
-        worker: its number, which a DataLoader tells.
     """
     threading.Thread(target=_wait, daemon=True).start()
 

@@ -1,9 +1,9 @@
 """Shared memory for tiles on their way out of worker processes, used again instead of made anew.
 
 A fresh piece of shared memory costs its pages, which the system makes, clears and maps in both processes: many times
-what copying the tiles costs. So every worker has some slots that stay mapped. It fills one that is free and sends the
-slot's place; the receiver looks at the tiles where they are, and once nothing there refers to them any more, the slot
-is free again. When somebody keeps so many batches that no slot is free, tiles travel as any tensor does.
+what copying the tiles costs. So every worker has some slots that stay mapped. It cuts tiles into one that is free and
+sends its place; the receiver looks at the tiles where they are, and once nothing there refers to them any more, the
+slot is free again. When somebody keeps so many batches that no slot is free, tiles travel as any tensor does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pgp_lightning.data.collate import Batch
+from pgp_lightning.data.collate import Batch, joined
+from pgp_lightning.vlm.tiles import new_tiles
 
 __all__ = ["Handed", "TilePool"]
 
@@ -61,6 +62,8 @@ class TilePool:
         os.ftruncate(self._file, slots + flags)
         memory = np.frombuffer(mmap.mmap(self._file, slots + flags), dtype=np.uint8)
         self._slots = memory[:slots].reshape(self.workers, _SLOTS, self.slot_bytes)
+        self._open: int | None = None  # in a worker: the slot of the batch that is being made, and how far it is full
+        self._used = 0
         # A flag has one writer at a time: the worker while it is 0, the receiver while it is 1.
         self._taken = memory[slots:].reshape(self.workers, _SLOTS)
 
@@ -72,17 +75,31 @@ class TilePool:
         self._file = file.detach()
         self._map()
 
+    def empty(self, worker: int, shape: tuple[int, ...]) -> np.ndarray:
+        """Return an array for an image's tiles, behind those of the image before it if a slot is free that has room."""
+        if self._open is None:
+            slot = int(self._taken[worker].argmin())
+            if self._taken[worker, slot]:
+                return new_tiles(shape)
+            self._open, self._used = slot, 0
+        first, self._used = self._used, self._used + math.prod(shape)
+        if self._used > self.slot_bytes:
+            return new_tiles(shape)
+        return self._slots[worker, self._open, first : self._used].reshape(shape)
+
     def join(self, worker: int, tiles: Sequence[np.ndarray]) -> Tensor:
-        """Return the tiles of several images as one tensor, which lies in a slot of the worker's if one is free."""
-        shape = (sum(len(part) for part in tiles), *tiles[0].shape[1:])
-        size = sum(part.nbytes for part in tiles)
-        slot = int(self._taken[worker].argmin())
-        if self._taken[worker, slot] or size > self.slot_bytes:
-            return torch.from_numpy(np.concatenate(tiles))
-        joined = self._slots[worker, slot, :size].reshape(shape)
-        np.concatenate(tiles, out=joined)
+        """Return the tiles of a batch's images as one tensor: the slot's content, if they fill it without a gap."""
+        slot, self._open = self._open, None
+        if slot is None:
+            return joined(tiles)
+        place = self._slots[worker, slot].ctypes.data
+        for part in tiles:
+            if part.ctypes.data != place:
+                return joined(tiles)
+            place += part.nbytes
+        shape = (sum(map(len, tiles)), *tiles[0].shape[1:])
         self._taken[worker, slot] = 1
-        return torch.from_numpy(joined)
+        return torch.from_numpy(self._slots[worker, slot, : math.prod(shape)].reshape(shape))
 
     def hand_over(self, batch: Batch) -> Batch | Handed:
         """Return what a worker sends of a batch: its tiles' place if they lie in a slot."""

@@ -9,6 +9,7 @@ raster order, the thumbnail last ("tile-raster order").
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -16,10 +17,19 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-__all__ = ["TileGrid", "TileRule", "as_rgb", "cut_tiles"]
+__all__ = ["Empty", "TileGrid", "TileRule", "as_rgb", "cut_tiles", "new_tiles"]
 
 MOST_NARROW = 100  # greatest ratio of sides with `crop`, which would blow a sliver up to gigabytes
 MOST_PADDED = 10_000  # greatest side with `pad`, for the same reason: the square is made in memory
+
+
+# The shape of tiles -> a contiguous uint8 array of it, whatever it holds.
+Empty = Callable[[tuple[int, ...]], np.ndarray]
+
+
+def new_tiles(shape: tuple[int, ...]) -> np.ndarray:
+    """Return an array in memory of its own."""
+    return np.empty(shape, dtype=np.uint8)
 
 
 # A tuple because it travels in batches, and Lightning refuses to look for tensors in frozen dataclasses.
@@ -165,7 +175,7 @@ class TileRule:
         extent = int(self.tile_size * long / short)
         return (self.tile_size, extent) if width <= height else (extent, self.tile_size)
 
-    def cut(self, image: Image.Image) -> tuple[np.ndarray, TileGrid]:
+    def cut(self, image: Image.Image, empty: Empty = new_tiles) -> tuple[np.ndarray, TileGrid]:
         """Cut an RGB image into tiles: uint8 (T, 3, tile_size, tile_size), thumbnail last, and their grid."""
         grid, size = self.grid(*image.size), self.tile_size
         if self.fit == "pad":
@@ -179,7 +189,7 @@ class TileRule:
             image = image.crop((x, y, x + size, y + size))
         canvas = np.asarray(image.resize((size * grid.columns, size * grid.rows), Image.Resampling.BICUBIC))
         cells = canvas.reshape(grid.rows, size, grid.columns, size, 3).transpose(0, 2, 4, 1, 3)
-        tiles = np.empty((grid.tiles, 3, size, size), dtype=np.uint8)
+        tiles = empty((grid.tiles, 3, size, size))
         tiles[: grid.columns * grid.rows].reshape(cells.shape)[:] = cells
         if grid.thumbnail:
             tiles[-1] = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
@@ -194,7 +204,9 @@ def _shapes(least: int, most: int) -> tuple[tuple[int, int], ...]:
     return tuple(sorted(shapes, key=lambda shape: shape[0] * shape[1]))
 
 
-def cut_tiles(image: Image.Image, rule: TileRule, max_tiles: int | None = None) -> tuple[np.ndarray, TileGrid]:
+def cut_tiles(
+    image: Image.Image, rule: TileRule, max_tiles: int | None = None, empty: Empty = new_tiles
+) -> tuple[np.ndarray, TileGrid]:
     """Cut an image into tiles, as it is stored: a rotation noted in its EXIF data is not applied.
 
     Args:
@@ -202,13 +214,14 @@ def cut_tiles(image: Image.Image, rule: TileRule, max_tiles: int | None = None) 
             8 bits (PIL would clip them, which whitens the picture).
         rule: the family's rule.
         max_tiles: a lower limit on the tiles than the rule's, e.g. to fit a length budget.
+        empty: makes the contiguous array that the tiles are written to.
 
     Returns:
         uint8 pixels (T, 3, tile_size, tile_size), thumbnail last, and the grid.
     """
     if max_tiles is not None:
         rule = replace(rule, min_tiles=min(rule.min_tiles, max_tiles), max_tiles=max_tiles)
-    return rule.cut(as_rgb(image))
+    return rule.cut(as_rgb(image), empty)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

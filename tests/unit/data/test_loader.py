@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import random
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -210,3 +213,26 @@ def test_evaluation_leaves_out_what_cannot_be_used(broken: StreamSource) -> None
         list(EvaluationLoader((broken,), READER, 1, rank=0, ranks=2))
     with pytest.raises(DataError, match=r"allowed are 5\.0%"):
         list(EvaluationLoader((replace(broken, allowed_rejects=0.05),), READER, 3))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told to keep memory")
+def test_a_worker_keeps_the_memory_it_frees() -> None:
+    code = """
+import resource, sys
+import numpy as np
+from pgp_lightning.data.loader import _keep_freed_memory
+if sys.argv[1] == "keep":
+    _keep_freed_memory()
+def work():
+    buffers = [np.ones(size << 20, dtype=np.uint8) for size in (1, 2, 3, 3)]
+work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(50):
+    work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = {
+        way: int(subprocess.run([sys.executable, "-c", code, way], capture_output=True, check=True, text=True).stdout)
+        for way in ("keep", "leave")
+    }
+    assert faults["keep"] < 200 and faults["leave"] > 10 * faults["keep"], faults

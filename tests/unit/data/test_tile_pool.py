@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import threading
+from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
@@ -39,7 +40,12 @@ def items(seed: int, images: int = 2) -> list[Item]:
 
 def made(pool: TilePool, seed: int, images: int = 2, worker: int = 1) -> Batch | Handed:
     """Return what a worker sends."""
-    return pool.hand_over(collate(items(seed, images), join=lambda tiles: pool.join(worker, tiles)))
+    cut = items(seed, images)
+    for number, item in enumerate(cut):
+        tiles = pool.empty(worker, item.conversation.tiles.shape)
+        tiles[:] = item.conversation.tiles
+        cut[number] = item._replace(conversation=replace(item.conversation, tiles=tiles))
+    return pool.hand_over(collate(cut, join=lambda tiles: pool.join(worker, tiles)))
 
 
 def travelled(sent: Batch | Handed) -> Batch:
@@ -118,6 +124,19 @@ def test_what_is_larger_than_a_slot_travels_by_itself() -> None:
     sent = made(pool, 3, worker=0)
     assert isinstance(sent, Batch) and torch.equal(travelled(sent).request.tiles, expected(3))
     assert isinstance(made(pool, 3, images=1, worker=0), Handed)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_an_image_given_up_after_it_was_cut_leaves_the_others_whole(lost: int) -> None:
+    pool = TilePool(1, 8 * IMAGE)
+    cut = items(7, 3)
+    arrays = [pool.empty(0, item.conversation.tiles.shape) for item in cut]
+    kept = [number for number in range(3) if number != lost]
+    for number in kept:
+        arrays[number][:] = cut[number].conversation.tiles
+    tiles = pool.join(0, [arrays[number] for number in kept])
+    assert torch.equal(tiles, torch.cat([torch.from_numpy(cut[number].conversation.tiles) for number in kept]))
+    assert isinstance(made(pool, 8, worker=0), Handed)
 
 
 def test_only_what_was_written_to_takes_room() -> None:
