@@ -288,7 +288,7 @@ def print_verdict(variants: dict[str, Variant], others: Iterable[str]) -> None:
         if not name.startswith("ours") or variant.limit is None:
             continue
         rivals = [n for n, v in variants.items() if n.startswith(peer_names) and v.workers == variant.workers]
-        for kind, way in enumerate(("clock", "processor")):
+        for kind, way in enumerate(("clock", "processor") if rivals else ()):
             share = ratio(variants, name, variant.limit)[kind]
             against = min(rivals, key=lambda rival: ratio(variants, name, rival)[kind])
             if math.isnan(share):
@@ -299,11 +299,20 @@ def print_verdict(variants: dict[str, Variant], others: Iterable[str]) -> None:
             )
 
 
-def measure_speed(bench: Bench, folder: Path, workers: int, repeats: int) -> dict[str, Any]:
-    """Check that all variants do the same work, time them in turns, and print."""
+def measure_speed(bench: Bench, folder: Path, workers: int, repeats: int, only: str = "") -> dict[str, Any]:
+    """Check that all variants do the same work, time them in turns, and print.
+
+    Args:
+        bench: what is measured with.
+        folder: for other libraries' formats.
+        workers: of the variants that have some.
+        repeats: timed turns.
+        only: what the names of variants must hold to be measured, limits apart.
+    """
     others, missing = peers(bench.sources, folder, bench.reader, bench.batch_size)
     print("\n".join(missing))
     variants = variants_of(bench, others, workers)
+    variants = {name: one for name, one in variants.items() if only in name or name.startswith("bare")}
     checksum = check_same(variants, bench.samples)
     generator = random.Random(0)
     alone, with_workers = ([v for v in variants.values() if bool(v.workers) == some] for some in (False, True))
@@ -330,6 +339,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5, help="timed turns")
     parser.add_argument("--workers", type=int, default=2, help="worker processes; 0 leaves variants with them out")
+    parser.add_argument("--only", default="", help="measure variants with this in their names, such as '2 workers'")
     parser.add_argument("--base", default="embedded:guide", help="whose processor is used")
     parser.add_argument("--tile-size", type=int, help="tile as InternVL does, so many pixels a tile, 28 a token")
     parser.add_argument("--max-tiles", type=int, default=6, help="with --tile-size: most tiles, the thumbnail apart")
@@ -359,7 +369,7 @@ def main(arguments: list[str] | None = None) -> None:
         for section in given.sections:
             print(f"\n{section}")
             if section == "speed":
-                results[section] = measure_speed(bench, folder, given.workers, given.repeats)
+                results[section] = measure_speed(bench, folder, given.workers, given.repeats, given.only)
             else:
                 results[section] = SECTIONS[section](bench)
             if given.json:
