@@ -78,8 +78,8 @@ def test_two_processes_are_one_with_twice_the_accumulation(
 @pytest.mark.timeout(300)
 def test_the_curves_say_which_process_is_slow(config: Path, tmp_path: Path) -> None:
     content = yaml.safe_load(config.read_text())
-    # After Throughput, which has begun to count by then.
-    content["trainer"]["callbacks"].append({"class_path": "tests.trace.Slow", "init_args": {"rank": 1, "seconds": 0.5}})
+    # After Throughput, which has begun to count by then; long enough to be seen on a machine with other work.
+    content["trainer"]["callbacks"].append({"class_path": "tests.trace.Slow", "init_args": {"rank": 1, "seconds": 2.0}})
     slow = write_config(tmp_path, content)
     trained(slow, tmp_path / "run", "--trainer.devices=2", "--trainer.max_steps=4")
     events = EventAccumulator(str(tmp_path / "run")).Reload()
