@@ -6,9 +6,10 @@
 Makes its own records (`streaming_data.py`): JPEG pictures as large as photographs in four sources of skewed sizes.
 Everything runs in turns of random order on the same records, without workers a few records at a time, and is divided
 by one limit: `bare`, which holds the records' bytes in memory and reads, checks, tokenises, decodes, tiles and collates
-them as training does, with no loader around it. The clock leaves out the first twentieth of a pass and the last, so
-that starting and stopping workers is not in it. Figures are medians, with the least and the most in brackets, and
-shares medians of each turn's; processor seconds are of the workers alone and vary less on a machine that others use.
+them as training does, with no loader around it. The clock leaves out the first twentieth of a pass and, with workers,
+the last, so that starting and stopping them is not in it. Figures are medians, with the least and the most in
+brackets, and shares medians of each turn's; processor seconds are of the workers alone and vary less on a machine that
+others use.
 With workers the limit is `bare` in as many processes at once. `--sections` has more: padding, the cost of estimating
 sizes, restarting, memory.
 
