@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import subprocess
+import threading
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule, Trainer
@@ -17,7 +19,8 @@ from pgp_lightning.training.callbacks import _AfterStep
 from pgp_lightning.training.step_checkpoint import StepCheckpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from types import FrameType
 
 __all__ = ["Preemption"]
 
@@ -29,6 +32,9 @@ class Preemption(_AfterStep, Checkpoint):
     none is left waiting for another, as happens when a handler saves at once. The checkpoint is the run's last one,
     from which `--ckpt_path last` goes on. Lightning calls it after all that keep state of a step, since it saves.
 
+    SIGTERM, after which SLURM kills, is no warning: it does while training what it did before the trainer, which is to
+    end the process at once.
+
     Args:
         requeue: command that puts the job back into the queue; `{job}` stands for its id. Without a SLURM job, or with
             an empty command, the run only saves and stops.
@@ -38,6 +44,7 @@ class Preemption(_AfterStep, Checkpoint):
     """
 
     _saved = False
+    _sigterm: Callable[[int, FrameType | None], object] | int | None = None
 
     def __init__(self, requeue: Sequence[str] = ("scontrol", "requeue", "{job}")) -> None:
         self.requeue = tuple(requeue)
@@ -47,6 +54,16 @@ class Preemption(_AfterStep, Checkpoint):
         if stage == "fit":
             self._saving(trainer)
             warning_signal.listen()
+            self._sigterm = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take SIGTERM back from Lightning, whose teardown does so too.
+
+        Its handler broadcasts from wherever the process is just then. A process that is elsewhere takes that for a
+        part of what it is doing itself: it waits for ever, or aborts, or trains on sums that belong to nothing.
+        """
+        if self._sigterm is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._sigterm)
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop if a process was warned."""

@@ -106,3 +106,23 @@ def test_when_one_process_is_killed_the_others_end_and_the_run_goes_on(config: P
     if rank == 1:
         trained(config, root, *often, "--ckpt_path=last")
         assert read_trace(root)[-1]["batch"] == read_trace(root, rank=1)[-1]["batch"] == 2 * STEPS - 1
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_run_that_is_told_to_end_does_so_at_once(config: Path, tmp_path: Path, devices: int) -> None:
+    root = tmp_path / "run"
+    process = start(config, root, f"--trainer.devices={devices}", "--data.init_args.workers=1")
+    while len(read_trace(root, rank=devices - 1)) < 5 and process.poll() is None:
+        time.sleep(0.005)
+    processes = ([second_process(process.pid)] if devices == 2 else []) + [process.pid]
+    for number in processes:
+        os.kill(number, signal.SIGTERM)
+        time.sleep(0.01)  # as SLURM does, not all of them in the same moment
+    try:
+        output, _ = process.communicate(timeout=60)  # its workers hold the pipe too, so they have ended as well
+    except subprocess.TimeoutExpired:
+        for number in processes:
+            os.kill(number, signal.SIGKILL)
+        raise
+    assert process.returncode == -signal.SIGTERM and "Received SIGTERM" not in output, output[-3000:]

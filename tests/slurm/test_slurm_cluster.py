@@ -142,7 +142,8 @@ def test_three_starts_leave_one_curve_and_one_log(folder: Path, fits: dict[str, 
     assert found == expected
     log = (folder / f"slurm-disturbed-{fits['disturbed']}.out").read_text()
     step = lines_before[0] // 2
-    assert "Aborted" not in log and "error: another process" not in log
+    warned = log.split("distributed_backend=gloo")[1]  # until the second start; a killed process is another's lost peer
+    assert "error: another process" not in warned and "Aborted" not in log and "Received SIGTERM" not in log
     assert f"warned by SIGUSR1: saved {Path('runs/disturbed/checkpoints/last.ckpt')} at optimiser step {step}" in log
     assert f"run runs/disturbed stopped after {STEPS} optimiser steps" in log
 
