@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from tests.trace import read_trace
 
 ROOT = Path(__file__).parents[2]
 RECORDS = {"train": {"objects": 40, "reading": 24}, "val": {"objects": 5, "reading": 3}, "test": {"objects": 4}}
@@ -60,6 +65,18 @@ def write_config(folder: Path, config: dict[str, Any]) -> Path:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     return path
+
+
+def fit_command(config: Path, root: Path, *extra: str) -> list[str]:
+    """Return the command that trains in a folder."""
+    program = [sys.executable, "-m", "pgp_lightning", "fit", "--config", str(config)]
+    return [*program, f"--trainer.default_root_dir={root}", *extra]
+
+
+def wait_for_trace(process: subprocess.Popen[Any], root: Path, lines: int, rank: int = 0) -> None:
+    """Wait until a run has traced so many micro-batches, or has ended."""
+    while len(read_trace(root, rank)) < lines and process.poll() is None:
+        time.sleep(0.005)
 
 
 def second_process(first: int) -> int:

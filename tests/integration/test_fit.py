@@ -7,8 +7,6 @@ import json
 import math
 import random
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from pgp_lightning.data.module import InstructionData
 from pgp_lightning.guides.posterior import PosteriorGuide
 from pgp_lightning.tools import main as pgp
 from pgp_lightning.training.command_line import RunCLI
-from tests.integration.small_run import ROOT, small_config, write_config, write_manifest
+from tests.integration.small_run import ROOT, fit_command, small_config, wait_for_trace, write_config, write_manifest
 from tests.trace import read_trace
 
 STEPS = 8
@@ -43,15 +41,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed run."""
     root = tmp_path_factory.mktemp("whole") / "run"
-    done = subprocess.run(command(config, root), capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(fit_command(config, root), capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert f"stopped after {STEPS} optimiser steps" in done.stdout
     return root
-
-
-def command(config: Path, root: Path, *extra: str) -> list[str]:
-    program = [sys.executable, "-m", "pgp_lightning", "fit", "--config", str(config)]
-    return [*program, f"--trainer.default_root_dir={root}", *extra]
 
 
 def events(root: Path) -> EventAccumulator:
@@ -123,9 +116,8 @@ def test_the_checkpoint_is_small_and_plain(whole: Path):
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(config: Path, whole: Path, tmp_path: Path):
     root, stop = tmp_path / "run", random.SystemRandom().randrange(5, 2 * STEPS - 2)
-    process = subprocess.Popen(command(config, root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
-    while len(read_trace(root)) < stop and process.poll() is None:
-        time.sleep(0.005)
+    process = subprocess.Popen(fit_command(config, root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    wait_for_trace(process, root, stop)
     process.kill()  # SIGKILL: nothing can be tidied up
     out, error = process.communicate()
     assert process.returncode == -9, f"it ended before it was killed at {stop}: {out!r} {error!r}"
@@ -133,7 +125,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(config: Path, whole: Pa
     assert first >= stop
 
     done = subprocess.run(
-        command(config, root, "--ckpt_path=last"), capture_output=True, text=True, cwd=ROOT, check=False
+        fit_command(config, root, "--ckpt_path=last"), capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert done.returncode == 0, done.stderr
     expected, found = read_trace(whole), read_trace(root)
@@ -223,7 +215,7 @@ def test_two_processes_share_the_work_of_one(config: Path, whole: Path, tmp_path
     root = tmp_path / "two"
     two = ["--trainer.devices=2", "--trainer.accumulate_grad_batches=1", "--trainer.max_steps=2"]
     two += ["--trainer.val_check_interval=2", "--trainer.limit_val_batches=1"]
-    done = subprocess.run(command(config, root, *two), capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(fit_command(config, root, *two), capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("stopped after 2 optimiser steps") == 1
     assert len(list(root.glob("events.*"))) == 1

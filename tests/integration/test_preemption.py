@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pgp_lightning import warning_signal
 from pgp_lightning.tools import main as pgp
-from tests.integration.small_run import ROOT, second_process, small_config, write_config, write_manifest
+from tests.integration.small_run import (
+    ROOT,
+    fit_command,
+    second_process,
+    small_config,
+    wait_for_trace,
+    write_config,
+    write_manifest,
+)
 from tests.trace import read_trace
 
 STEPS = 12
@@ -25,10 +32,9 @@ def start(config: Path, root: Path, folder: Path, *extra: str, **variables: str)
     """Start a run of two processes, on a machine whose `scontrol` only notes what it is told."""
     (folder / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {folder}/told\n')
     (folder / "scontrol").chmod(0o755)
-    program = [sys.executable, "-m", "pgp_lightning", "fit", "--config", str(config)]
-    program += [f"--trainer.default_root_dir={root}", "--trainer.devices=2", *extra]
+    command = fit_command(config, root, "--trainer.devices=2", *extra)
     environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
 
 
 def finish(process: subprocess.Popen[bytes]) -> str:
@@ -47,8 +53,7 @@ def test_a_warned_process_stops_all_of_them_and_the_run_goes_on_bit_for_bit(tmp_
     whole, root = tmp_path / "whole", tmp_path / "run"
     finish(start(config, whole, tmp_path))
     process = start(config, root, tmp_path, SLURM_JOB_ID="17")
-    while len(read_trace(root, rank=1)) < 5 and process.poll() is None:  # in the middle of the third step
-        time.sleep(0.005)
+    wait_for_trace(process, root, 5, rank=1)  # the middle of the third step
     os.kill(second_process(process.pid), signal.SIGUSR1)
     output = finish(process)
     done = [len(read_trace(root, rank)) for rank in range(2)]
@@ -84,7 +89,6 @@ def test_what_has_nothing_to_save_with_is_refused(tmp_path: Path) -> None:
     config["trainer"]["callbacks"] = [
         one for one in config["trainer"]["callbacks"] if one["class_path"] != "StepCheckpoint"
     ]
-    program = [sys.executable, "-m", "pgp_lightning", "fit", "--config", str(write_config(tmp_path, config))]
-    program += [f"--trainer.default_root_dir={tmp_path / 'run'}"]
-    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = fit_command(write_config(tmp_path, config), tmp_path / "run")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "Preemption saves by a StepCheckpoint with save_last: true" in done.stderr

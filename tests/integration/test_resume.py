@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import random
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from pgp_lightning.tools import main as pgp
-from tests.integration.small_run import ROOT, small_config, write_config, write_manifest
+from tests.integration.small_run import ROOT, fit_command, small_config, wait_for_trace, write_config, write_manifest
 from tests.trace import read_trace
 
 STEPS, SAVE_EVERY, KILLS = 120, 4, 20
 
 
 def start(config: Path, root: Path, *extra: str) -> subprocess.Popen[bytes]:
-    program = [sys.executable, "-m", "pgp_lightning", "fit", "--config", str(config)]
-    arguments = [*program, f"--trainer.default_root_dir={root}", *extra]
-    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = fit_command(config, root, *extra)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def finish(process: subprocess.Popen[bytes]) -> None:
@@ -47,8 +44,7 @@ def test_twenty_kills(tmp_path: Path):
             finish(process)
             break
         stop = begins[-1] + rng.randrange(1, 4 * SAVE_EVERY)
-        while len(read_trace(root)) < stop and process.poll() is None:
-            time.sleep(0.005)
+        wait_for_trace(process, root, stop)
         process.kill()
         process.communicate()
     expected = {line["batch"]: line for line in read_trace(whole)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,15 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pgp_lightning.tools import main as pgp
-from tests.integration.small_run import ROOT, second_process, small_config, write_config, write_manifest
+from tests.integration.small_run import (
+    ROOT,
+    fit_command,
+    second_process,
+    small_config,
+    wait_for_trace,
+    write_config,
+    write_manifest,
+)
 from tests.trace import read_trace
 
 STEPS = 20
@@ -34,11 +41,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(config: Path, root: Path, *extra: str) -> subprocess.Popen[str]:
-    program = [sys.executable, "-m", "pgp_lightning", "fit", "--config", str(config), *extra]
-    program += [f"--trainer.default_root_dir={root}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command, environment = fit_command(config, root, *extra), os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        program, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
 
 
@@ -94,8 +99,7 @@ def test_when_one_process_is_killed_the_others_end_and_the_run_goes_on(config: P
     root = tmp_path / "run"
     often = ["--trainer.devices=2"]
     process = start(config, root, *often)
-    while len(read_trace(root, rank=1)) < 5 and process.poll() is None:
-        time.sleep(0.005)
+    wait_for_trace(process, root, 5, rank=1)
     second = second_process(process.pid)
     os.kill((process.pid, second)[rank], signal.SIGKILL)
     output, _ = process.communicate(timeout=120)
@@ -113,8 +117,7 @@ def test_when_one_process_is_killed_the_others_end_and_the_run_goes_on(config: P
 def test_a_run_that_is_told_to_end_does_so_at_once(config: Path, tmp_path: Path, devices: int) -> None:
     root = tmp_path / "run"
     process = start(config, root, f"--trainer.devices={devices}", "--data.init_args.workers=1")
-    while len(read_trace(root, rank=devices - 1)) < 5 and process.poll() is None:
-        time.sleep(0.005)
+    wait_for_trace(process, root, 5, rank=devices - 1)
     processes = ([second_process(process.pid)] if devices == 2 else []) + [process.pid]
     for number in processes:
         os.kill(number, signal.SIGTERM)
