@@ -58,7 +58,7 @@ class BatchRange(IterableDataset["Parcel | Handed"]):
     """
 
     pool: TilePool | None = None
-    """Where workers put their tiles; set by what starts the workers."""
+    """Where workers put their tiles; set by what starts them, and from then on only they iterate."""
 
     def __init__(self, first: int, stop: int) -> None:
         self.first, self.stop = first, stop
@@ -71,13 +71,11 @@ class BatchRange(IterableDataset["Parcel | Handed"]):
 
     def empty(self, shape: tuple[int, ...]) -> np.ndarray:
         """Return an array for an image's tiles, where a worker has to put it."""
-        info = get_worker_info()
-        return new_tiles(shape) if info is None or self.pool is None else self.pool.empty(info.id, shape)
+        return new_tiles(shape) if self.pool is None else self.pool.empty(shape)
 
     def join(self, tiles: Sequence[np.ndarray]) -> Tensor:
         """Return the tiles of a batch's images as one tensor."""
-        info = get_worker_info()
-        return joined(tiles) if info is None or self.pool is None else self.pool.join(info.id, tiles)
+        return joined(tiles) if self.pool is None else self.pool.join(tiles)
 
     def most_bytes(self) -> int:
         """Return the most bytes that the tiles of a batch can take."""
@@ -88,10 +86,12 @@ class BatchRange(IterableDataset["Parcel | Handed"]):
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[Parcel | Handed]:
-        pool = self.pool if get_worker_info() else None
+        info = get_worker_info()
+        if self.pool is not None and info is not None:
+            self.pool.worker = info.id
         try:
             for batch in self.batches():
-                yield batch if pool is None or isinstance(batch, Nothing) else pool.hand_over(batch)
+                yield batch if self.pool is None or isinstance(batch, Nothing) else self.pool.hand_over(batch)
         except (ConfigError, DataError) as error:  # the one if a shard cannot be fetched with these settings
             yield Failure(error)
 

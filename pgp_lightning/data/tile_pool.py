@@ -49,6 +49,9 @@ class TilePool:
         slot_bytes: the most that the tiles of a batch may take.
     """
 
+    worker: int
+    """In a worker: its number, whose slots it fills."""
+
     def __init__(self, workers: int, slot_bytes: int) -> None:
         self.number, self.workers, self.slot_bytes = next(_numbers), workers, slot_bytes
         self._file = os.memfd_create("tiles")
@@ -75,31 +78,31 @@ class TilePool:
         self._file = file.detach()
         self._map()
 
-    def empty(self, worker: int, shape: tuple[int, ...]) -> np.ndarray:
+    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
         """Return an array for an image's tiles, behind those of the image before it if a slot is free that has room."""
         if self._open is None:
-            slot = int(self._taken[worker].argmin())
-            if self._taken[worker, slot]:
+            slot = int(self._taken[self.worker].argmin())
+            if self._taken[self.worker, slot]:
                 return new_tiles(shape)
             self._open, self._used = slot, 0
         first, self._used = self._used, self._used + math.prod(shape)
         if self._used > self.slot_bytes:
             return new_tiles(shape)
-        return self._slots[worker, self._open, first : self._used].reshape(shape)
+        return self._slots[self.worker, self._open, first : self._used].reshape(shape)
 
-    def join(self, worker: int, tiles: Sequence[np.ndarray]) -> Tensor:
+    def join(self, tiles: Sequence[np.ndarray]) -> Tensor:
         """Return the tiles of a batch's images as one tensor: the slot's content, if they fill it without a gap."""
         slot, self._open = self._open, None
         if slot is None:
             return joined(tiles)
-        place = self._slots[worker, slot].ctypes.data
+        place = self._slots[self.worker, slot].ctypes.data
         for part in tiles:
             if part.ctypes.data != place:
                 return joined(tiles)
             place += part.nbytes
         shape = (sum(map(len, tiles)), *tiles[0].shape[1:])
-        self._taken[worker, slot] = 1
-        return torch.from_numpy(self._slots[worker, slot, : math.prod(shape)].reshape(shape))
+        self._taken[self.worker, slot] = 1
+        return torch.from_numpy(self._slots[self.worker, slot, : math.prod(shape)].reshape(shape))
 
     def hand_over(self, batch: Batch) -> Batch | Handed:
         """Return what a worker sends of a batch: its tiles' place if they lie in a slot."""

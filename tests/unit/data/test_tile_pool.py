@@ -40,12 +40,12 @@ def items(seed: int, images: int = 2) -> list[Item]:
 
 def made(pool: TilePool, seed: int, images: int = 2, worker: int = 1) -> Batch | Handed:
     """Return what a worker sends."""
-    cut = items(seed, images)
+    pool.worker, cut = worker, items(seed, images)
     for number, item in enumerate(cut):
-        tiles = pool.empty(worker, item.conversation.tiles.shape)
+        tiles = pool.empty(item.conversation.tiles.shape)
         tiles[:] = item.conversation.tiles
         cut[number] = item._replace(conversation=replace(item.conversation, tiles=tiles))
-    return pool.hand_over(collate(cut, join=lambda tiles: pool.join(worker, tiles)))
+    return pool.hand_over(collate(cut, join=pool.join))
 
 
 def travelled(sent: Batch | Handed) -> Batch:
@@ -129,12 +129,12 @@ def test_what_is_larger_than_a_slot_travels_by_itself() -> None:
 @pytest.mark.parametrize("lost", [0, 1, 2])
 def test_an_image_given_up_after_it_was_cut_leaves_the_others_whole(lost: int) -> None:
     pool = TilePool(1, 8 * IMAGE)
-    cut = items(7, 3)
-    arrays = [pool.empty(0, item.conversation.tiles.shape) for item in cut]
+    pool.worker, cut = 0, items(7, 3)
+    arrays = [pool.empty(item.conversation.tiles.shape) for item in cut]
     kept = [number for number in range(3) if number != lost]
     for number in kept:
         arrays[number][:] = cut[number].conversation.tiles
-    tiles = pool.join(0, [arrays[number] for number in kept])
+    tiles = pool.join([arrays[number] for number in kept])
     assert torch.equal(tiles, torch.cat([torch.from_numpy(cut[number].conversation.tiles) for number in kept]))
     assert isinstance(made(pool, 8, worker=0), Handed)
 
