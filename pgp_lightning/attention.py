@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pgp_lightning.vlm.decoder_call import Call, Rope, held_keys
+
 __all__ = [
-    "Rope",
     "attention_rows",
     "coming_parts",
     "coming_rows",
@@ -23,9 +24,6 @@ __all__ = [
     "project_queries",
     "watch_attention",
 ]
-
-Rope = tuple[Tensor, Tensor]
-"""Cosines and sines of rotary positions, (B, N, head width) each."""
 
 
 def project_queries(attention: nn.Module, hidden: Tensor, rope: Rope | None = None) -> Tensor:
@@ -77,15 +75,14 @@ def watch_attention(
     """
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-        hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        rope: Rope = kwargs["position_embeddings"]
+        call = Call(module, args, kwargs)
+        hidden, rope = call.hidden, call.rope
         rows = min(last, hidden.shape[1])
         with torch.no_grad():
             queries = project_queries(module, hidden[:, -rows:], (rope[0][:, -rows:], rope[1][:, -rows:]))
-            cache = kwargs.get("past_key_values")
-            keys = project_keys(module, hidden, rope) if cache is None else cache.layers[module.layer_idx].keys
-            keys = keys.float()  # once for all blocks
-            allowed = _allowed(kwargs.get("attention_mask"), queries, keys.shape[2])
+            held = held_keys(call)
+            keys = (project_keys(module, hidden, rope) if held is None else held).float()  # once for all blocks
+            allowed = _allowed(call.mask, queries, keys.shape[2])
             for start in range(0, rows, block or rows):
                 part = slice(start, start + (block or rows))
                 seen(attention_rows(module, queries[:, :, part], keys, allowed[:, part]))

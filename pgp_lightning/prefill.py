@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.masking_utils import create_causal_mask
+from transformers.cache_utils import DynamicCache
 
-from pgp_lightning.attention import Rope
 from pgp_lightning.errors import ConfigError
-from pgp_lightning.prefill_state import PrefillState, pack, take
+from pgp_lightning.prefill_state import PrefillState, pack
+from pgp_lightning.vlm.decoder_call import Call, Rope, causal_mask, held_slots, plain_cache, take_slots
 from pgp_lightning.vlm.family import VLM
 from pgp_lightning.vlm.loading import as_vlm
 from pgp_lightning.vlm.request import Request
@@ -185,27 +184,20 @@ class _Driver:
         self, depth: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Hand a decoder layer what it shall see."""
-        hidden, cache = args[0], kwargs.get("past_key_values")
+        call = Call(layer, args, kwargs)
+        cache = call.cache
         if depth == 0:
             self.ropes: dict[tuple[int, torch.device], Rope] = {}
-            self.prefill = cache is None or cache.get_seq_length(0) == 0
+            self.prefill = cache is None or held_slots(cache, 0) == 0
             if self.prefill:
-                self._begin(hidden, cache, kwargs)
+                self._begin(call)
             elif not self.past:
                 raise ConfigError("the cache holds a prompt already: open pruned() before its prefill")
-        if self.prefill:
-            return self._prefill(depth, hidden, cache, args, kwargs)
-        return self._decode(depth, hidden, cache, args, kwargs)
+        return self._prefill(depth, call) if self.prefill else self._decode(depth, call)
 
-    def _begin(self, hidden: Tensor, cache: Any, kwargs: dict[str, Any]) -> None:  # noqa: ANN401
-        if cache is not None and (
-            not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers)
-        ):
-            raise ConfigError(
-                "pruned layers hold prompts of different lengths, which takes a DynamicCache of plain layers; got "
-                f"{type(cache).__name__} of {', '.join(sorted({type(layer).__name__ for layer in cache.layers}))}: "
-                "leave cache_implementation unset"
-            )
+    def _begin(self, call: Call) -> None:
+        plain_cache(call.cache)
+        hidden = call.hidden
         copies = len(hidden) // len(self.visual)
         visual = self.visual.to(hidden.device).repeat_interleave(copies, dim=0)
         if visual.shape != hidden.shape[:2]:
@@ -214,12 +206,12 @@ class _Driver:
                 "prefill in chunks, generation without a cache and other inputs than pruned() was given do not work"
             )
         self.whole = self.valid.to(hidden.device).repeat_interleave(copies, dim=0)
-        positions = kwargs["position_ids"].expand(visual.shape)
+        positions = call.positions.expand(visual.shape)
         self.past = []
         for record in (self.run.kept, self.run.slots, self.run.cached):
             record.clear()
         self.mask: Tensor | None = None
-        cos, sin = kwargs["position_embeddings"]
+        cos, sin = call.rope
         self.state = PrefillState(
             hidden=hidden,
             token=(visual.cumsum(dim=1) - 1).masked_fill(~visual, -1),
@@ -231,19 +223,13 @@ class _Driver:
             rotary=self.decoder.rotary_emb,  # type: ignore[arg-type]
         )
 
-    def _prefill(
-        self,
-        depth: int,
-        hidden: Tensor,
-        cache: Any,  # noqa: ANN401
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _prefill(self, depth: int, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        hidden = call.hidden
         before = replace(self.state, hidden=hidden).to(hidden.device)
         state = self.pruner.before_layer(depth, before)
         if state.behind is not None:
             if state.behind is not before.valid:
-                self._cut_caches(before, state.behind, cache)
+                self._cut_caches(before, state.behind, call.cache)
             state = replace(state, place=None, behind=None)
         self._record(before, state)
         self.state = state
@@ -252,32 +238,24 @@ class _Driver:
             return None  # the whole prompt: the model's own mask and positions
         if state.valid is not before.valid or self.mask is None:
             # The two-dimensional mask is given always: without it gaps in positions would be read as packed sequences.
-            self.mask = _causal_mask(self.decoder, state.hidden, state.valid)
+            self.mask = causal_mask(self.decoder, state.hidden, state.valid)
         mask = self.mask if self.mask is None else self.mask.to(hidden.device)
-        kwargs = kwargs | {"attention_mask": mask, "position_embeddings": state.rope, "position_ids": None}
-        return (state.hidden, *args[1:]), kwargs
+        return call.rewritten(hidden=state.hidden, mask=mask, rope=state.rope, positions=None)
 
-    def _decode(
-        self,
-        depth: int,
-        hidden: Tensor,
-        cache: Any,  # noqa: ANN401
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _decode(self, depth: int, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         prompt, shift = self.past[depth]
         if prompt is self.whole and shift is None:
             return None
-        new = cache.get_seq_length(depth) + hidden.shape[1] - prompt.shape[1]
+        hidden, cache = call.hidden, call.cache
+        new = held_slots(cache, depth) + hidden.shape[1] - prompt.shape[1]
         if len(prompt) != len(hidden):
             raise ConfigError(f"the prefill had {len(prompt)} rows, this step has {len(hidden)}")
         prompt = prompt.to(hidden.device)
         valid = torch.cat([prompt, prompt.new_ones(len(prompt), new)], dim=1)
-        mask = _causal_mask(self.decoder, hidden, valid, cache, depth)
-        kwargs = kwargs | {"attention_mask": mask}
-        if shift is not None or self.past[0][0] is not self.whole:
-            kwargs["position_embeddings"] = self._rope(hidden, new, shift)
-        return args, kwargs
+        mask = causal_mask(self.decoder, hidden, valid, cache, depth)
+        if shift is None and self.past[0][0] is self.whole:
+            return call.rewritten(mask=mask)
+        return call.rewritten(mask=mask, rope=self._rope(hidden, new, shift))
 
     def _rope(self, hidden: Tensor, new: int, shift: Tensor | None) -> Rope:
         """Return the rotary positions of this step's tokens, the last of `new` ones behind the prompt.
@@ -292,16 +270,14 @@ class _Driver:
             self.ropes[key] = self.decoder.rotary_emb(hidden, positions)  # type: ignore[operator]
         return self.ropes[key]
 
-    def _cut_caches(self, before: PrefillState, keep: Tensor, cache: Any) -> None:  # noqa: ANN401
+    def _cut_caches(self, before: PrefillState, keep: Tensor, cache: DynamicCache | None) -> None:
         """Keep, bool (B, n) of the slots that this layer was handed, in the caches of the layers behind."""
         here = before.valid
         if any(valid.shape != here.shape or not torch.equal(valid.to(here.device), here) for valid, _ in self.past):
             raise ConfigError("full_depth needs layers behind that all saw what this one sees: prune at one depth")
         slots, valid = pack(keep)
         if cache is not None:
-            for layer in cache.layers[: len(self.past)]:
-                of_layer = slots.to(layer.keys.device)
-                layer.keys, layer.values = take(layer.keys, of_layer, 2), take(layer.values, of_layer, 2)
+            take_slots(cache, len(self.past), slots)
         self.past = [(valid, shift) for _, shift in self.past]
         self.run.cached = [valid.sum(dim=1)] * len(self.past)
 
@@ -310,15 +286,3 @@ class _Driver:
         self.run.kept.append(self.run.kept[-1] if same else state.kept)
         self.run.slots.append(self.run.slots[-1] if same else state.valid.sum(dim=1))
         self.run.cached.append(self.run.slots[-1])
-
-
-def _causal_mask(
-    decoder: Any,  # noqa: ANN401 (transformers' classes)
-    hidden: Tensor,
-    valid: Tensor,
-    cache: DynamicCache | None = None,
-    depth: int | None = None,
-) -> Tensor | None:
-    """Return the mask that the model's attention implementation takes, for a layer with slots bool (B, K)."""
-    mask: Any = create_causal_mask(decoder.config, hidden, valid, cache, layer_idx=depth)
-    return mask if mask is None else torch.as_tensor(mask)

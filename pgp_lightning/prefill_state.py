@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgp_lightning.attention import Rope
+from pgp_lightning.vlm.decoder_call import Rope
 
 __all__ = ["PrefillState", "pack", "take"]
 
@@ -149,10 +149,7 @@ def pack(mask: Tensor) -> tuple[Tensor, Tensor]:
     return slots, torch.arange(width, device=mask.device) >= (width - count)[:, None]
 
 
-def take(values: Tensor, slots: Tensor, axis: int = 1) -> Tensor:
-    """Gather slots (B, n) along an axis of values (B, ...)."""
-    shape = [1] * values.ndim
-    shape[0], shape[axis] = slots.shape
-    size = list(values.shape)
-    size[axis] = slots.shape[1]
-    return values.gather(axis, slots.view(shape).expand(size))
+def take(values: Tensor, slots: Tensor) -> Tensor:
+    """Gather slots, int64 (B, n), of values (B, N, ...): (B, n, ...)."""
+    index = slots.view(*slots.shape, *[1] * (values.ndim - 2))
+    return values.gather(1, index.expand(*slots.shape, *values.shape[2:]))

@@ -18,6 +18,7 @@ from transformers import InternVLForConditionalGeneration
 from pgp_lightning.embedded.corpus import Corpus, Item, pick
 from pgp_lightning.embedded.glyphs import GLYPHS
 from pgp_lightning.embedded.world import COLOUR_NAMES, GRID, HEIGHTS, SHAPES, TYPES
+from pgp_lightning.vlm.decoder_call import decode_states
 from pgp_lightning.vlm.processor import Processor, PromptOrder
 
 __all__ = ["Answerer", "Rows", "accuracy", "make_rows"]
@@ -151,10 +152,7 @@ class Answerer(nn.Module):
         index = rows.slots[..., None].expand(-1, -1, embeddings.shape[-1])
         embeddings = embeddings.scatter(1, index, visual.to(embeddings.dtype))
         mask = self._blind_mask(rows) if blind else torch.ones_like(rows.ids)
-        # An explicit mask always: without one, gaps in the positions are taken for borders of packed sequences.
-        hidden = self.model.model.language_model(
-            inputs_embeds=embeddings, attention_mask=mask, position_ids=rows.positions, use_cache=False
-        ).last_hidden_state
+        hidden = decode_states(self.model.model.language_model, embeddings, mask, rows.positions)
         supervised = rows.targets[:, 1:] != -100
         logits = self.model.lm_head(hidden[:, :-1][supervised])
         return logits.float(), rows.targets[:, 1:][supervised], supervised.nonzero(), visual

@@ -10,6 +10,7 @@ from pgp_lightning.embedded.corpus import Corpus, pick
 from pgp_lightning.embedded.language import Answerer, make_rows
 from pgp_lightning.guides.probing import train_probe
 from pgp_lightning.selection import recall
+from pgp_lightning.vlm.decoder_call import decode_states
 from pgp_lightning.vlm.processor import Processor
 
 __all__ = ["probe_recall"]
@@ -27,12 +28,8 @@ def _visual_states(answerer: Answerer, corpus: Corpus, processor: Processor, que
         visual = answerer.model.model.multi_modal_projector(rows.features)
         embeddings = answerer.model.get_input_embeddings()(rows.ids)
         index = rows.slots[..., None].expand(-1, -1, embeddings.shape[-1])
-        hidden = answerer.model.model.language_model(
-            inputs_embeds=embeddings.scatter(1, index, visual),
-            attention_mask=torch.ones_like(rows.ids),
-            position_ids=rows.positions,
-            use_cache=False,
-        ).last_hidden_state
+        decoder = answerer.model.model.language_model
+        hidden = decode_states(decoder, embeddings.scatter(1, index, visual), torch.ones_like(rows.ids), rows.positions)
         states.append(hidden.gather(1, index))
         relevant.append(torch.from_numpy(np.stack([items[0].relevant for items in chosen])))
     return torch.cat(states), torch.cat(relevant)

@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from pgp_lightning.bottleneck import GaussianBottleneck, Posterior
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.guides.base import Guide, evaluating
+from pgp_lightning.vlm.decoder_call import decode_states
 from pgp_lightning.vlm.family import VLM, Attention
 from pgp_lightning.vlm.loading import load_vlm, packaged
 from pgp_lightning.vlm.processor import PromptOrder
@@ -282,10 +283,7 @@ class PosteriorGuide(Guide):
     def _decode(self, slots: Slots, visual: Tensor) -> Tensor:
         """Run the decoder without its head: hidden states (B, N, d) after the final norm."""
         embeddings = slots.place(self.vlm.model.get_input_embeddings()(slots.ids), visual)
-        hidden: Tensor = self.vlm.decoder(
-            inputs_embeds=embeddings, attention_mask=slots.mask, position_ids=slots.positions, use_cache=False
-        ).last_hidden_state
-        return hidden
+        return decode_states(self.vlm.decoder, embeddings, slots.mask, slots.positions)
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:

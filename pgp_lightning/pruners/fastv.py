@@ -19,13 +19,14 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pgp_lightning.attention import Rope, coming_parts, coming_rows
+from pgp_lightning.attention import coming_parts, coming_rows
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.prefill import Pruner
 from pgp_lightning.prefill_state import PrefillState
 from pgp_lightning.selection import keep_top
+from pgp_lightning.vlm.decoder_call import Call, Rope, without_cache
 from pgp_lightning.vlm.family import VLM
 from pgp_lightning.vlm.request import Request
 
@@ -130,20 +131,17 @@ class _EnoughError(Exception):
 def _score_alone(vlm: VLM, depth: int, inputs: Mapping[str, Any], score: Callable[..., Tensor]) -> Tensor:
     """Run the model up to a layer and return the slots' scores there, (B, N)."""
     mask = inputs.get("attention_mask")
-    whole = {name: value for name, value in inputs.items() if name not in ("labels", "past_key_values")}
-    if mask is not None and "position_ids" not in inputs:
-        # As generate counts them, so that padding changes nothing.
-        whole["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
     found = []
 
-    def look(layer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        valid = torch.ones(args[0].shape[:2], dtype=torch.bool) if mask is None else mask.bool()
-        found.append(score(args[0], kwargs["position_embeddings"], valid.to(args[0].device)))
+    def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = Call(layer, args, kwargs)
+        valid = torch.ones(call.hidden.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+        found.append(score(call.hidden, call.rope, valid.to(call.hidden.device)))
         raise _EnoughError
 
     handle = vlm.decoder_layers[depth].register_forward_pre_hook(look, with_kwargs=True)
     try:
-        vlm.model(**whole | {"use_cache": False})
+        vlm.model(**without_cache({name: value for name, value in inputs.items() if name != "labels"}))
     except _EnoughError:
         pass
     finally:

@@ -30,6 +30,7 @@ from pgp_lightning.prefill_state import PrefillState
 from pgp_lightning.pruners.contextual import Choice, merge, select, split_budget
 from pgp_lightning.pruners.vision_attention import by_row, class_attention, column_means, mean_keys, pool_cells
 from pgp_lightning.selection import equal_shares, keep_count
+from pgp_lightning.vlm.decoder_call import Call
 from pgp_lightning.vlm.family import VLM
 from pgp_lightning.vlm.request import Request
 
@@ -87,7 +88,7 @@ class VisionZip(Pruner):
         seen: list[Tensor] = []
 
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen[:] = [kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]]
+            seen[:] = [Call(module, args, kwargs).hidden]
 
         def before(projector: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             self._choose(attention, seen.pop(), args[0].shape[1], counts)

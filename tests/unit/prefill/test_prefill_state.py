@@ -223,10 +223,9 @@ def test_requests_rows_repeat_for_beams():
     assert state.expand(torch.arange(6)[:, None]).tolist() == [[0], [1], [2], [3], [4], [5]]
 
 
-def test_gathering_slots_along_an_axis():
-    values = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+def test_gathering_slots():
+    values = torch.arange(2 * 4 * 3 * 5).reshape(2, 4, 3, 5)
     slots = torch.tensor([[3, 0], [1, 1]])
-    taken = take(values, slots, 2)
-    assert taken.shape == (2, 3, 2, 5)
-    for row in range(2):
-        assert torch.equal(taken[row], values[row][:, slots[row]])
+    for of in (values, values[..., 0], values[..., 0, 0]):
+        taken = take(of, slots)
+        assert torch.equal(taken, torch.stack([of[row, slots[row]] for row in range(2)]))
