@@ -29,6 +29,7 @@ from pgp_lightning.attention import (
     project_queries,
     watch_attention,
 )
+from tests.pairwise import pairwise
 from tests.tiny import enlarge
 from tests.toy_decoder import read_golden, toy_vlm
 
@@ -84,9 +85,7 @@ def watch_all(model: Any, last: int, run: Any, block: int | None = None) -> list
     return seen
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("padding", [(0, 0), PADDING], ids=["whole", "padded"])
-@pytest.mark.parametrize("name", DECODERS)
+@pairwise(name=DECODERS, padding=[(0, 0), PADDING], attention=["sdpa", "eager"])
 def test_rows_are_the_models_own(name: str, padding: tuple[int, ...], attention: str):
     inputs, options = prompts(padding), {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
     with torch.no_grad():

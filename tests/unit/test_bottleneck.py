@@ -13,6 +13,7 @@ from torch.distributions import Normal, kl_divergence
 
 from pgp_lightning.bottleneck import LOG_VARIANCE_RANGE, STATE_LIMIT, GaussianBottleneck, Posterior
 from pgp_lightning.errors import ConfigError
+from tests.pairwise import pairwise
 
 WIDTH = 6
 
@@ -206,10 +207,12 @@ def test_a_token_does_not_see_its_neighbours():
     torch.testing.assert_close(apart, together[1:2, 2:4], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("gate", ["sigmoid", "exp"])
-@pytest.mark.parametrize("head_layers", [1, 2])
-@pytest.mark.parametrize("magnitude", [0.0, 1e-38, 1.0, 1e4, 1e20, torch.finfo(torch.float32).max])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pairwise(
+    gate=["sigmoid", "exp"],
+    head_layers=[1, 2],
+    magnitude=[0.0, 1e-38, 1.0, 1e4, 1e20, torch.finfo(torch.float32).max],
+    dtype=[torch.float32, torch.bfloat16, torch.float16],
+)
 def test_everything_stays_finite(gate: str, head_layers: int, magnitude: float, dtype: torch.dtype):
     bottleneck = trained_like(gate=gate, head_layers=head_layers)
     limit = torch.finfo(dtype).max

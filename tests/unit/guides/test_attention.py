@@ -22,6 +22,7 @@ from pgp_lightning.vlm.loading import load_vlm
 from pgp_lightning.vlm.processor import PromptOrder
 from pgp_lightning.vlm.request import Request
 from pgp_lightning.vlm.tiles import TileGrid
+from tests.pairwise import pairwise
 from tests.tiny import QUESTIONS, row_of, tiny_request
 from tests.toy_decoder import GOLDEN, read_golden, toy_vlm, visual_slots
 from tests.unit.guides.made import make
@@ -184,9 +185,7 @@ def bases(tiny_base: str, llava_base: str) -> dict[str, str]:
 LENGTH = 6
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", ["internvl", "llava"])
+@pairwise(name=["internvl", "llava"], order=ORDERS, attention=["sdpa", "eager"])
 def test_a_batch_is_its_rows_by_themselves_from_whole_matrices(
     name: str, order: PromptOrder, attention: str, bases: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ):

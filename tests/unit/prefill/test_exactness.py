@@ -20,6 +20,7 @@ from pgp_lightning.vlm.family import VLM
 from pgp_lightning.vlm.inputs import prompt_inputs
 from pgp_lightning.vlm.request import Request
 from tests.masked_reference import Masked, Rewrite, embed, masked_greedy, masked_states
+from tests.pairwise import pairwise
 from tests.tiny import QUESTIONS, row_of
 from tests.unit.prefill.made import (
     CLOSE,
@@ -116,7 +117,7 @@ def batch_of(vlm: VLM, kind: str) -> Request:
     return row_of(request, 2) if kind == "single" else request
 
 
-@pytest.fixture(params=ATTENTION)
+@pytest.fixture
 def attention(request: pytest.FixtureRequest) -> str:
     if request.param == "flash_attention_2":
         request.getfixturevalue("flash_kernels")
@@ -133,9 +134,7 @@ def rewrites_of(vlm: VLM, inputs: Mapping[str, Any], case: Case, recorder: Recor
     return {depth: lambda hidden, depth=depth: recorder.rewrite(depth, hidden) for depth in recorder.handed}
 
 
-@pytest.mark.parametrize("kind", BATCHES)
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", CASES)
+@pairwise(name=CASES, family=FAMILIES, kind=BATCHES, attention=ATTENTION, indirect=["attention"])
 def test_generation_equals_the_masked_reference(name: str, family: str, kind: str, attention: str):
     case, reference = CASES[name], shared(family, "eager" if attention == "eager" else "sdpa")
     vlm = flashing(family) if attention == "flash_attention_2" else reference

@@ -16,6 +16,7 @@ from pgp_lightning.vlm.inputs import prompt_inputs
 from pgp_lightning.vlm.loading import as_vlm
 from pgp_lightning.vlm.request import Request
 from tests.masked_reference import Masked, embed, masked_greedy, masked_states
+from tests.pairwise import pairwise
 from tests.tiny import row_of
 from tests.unit.prefill.made import (
     CLOSE,
@@ -284,9 +285,7 @@ def test_padding_on_the_right_in_a_forward_pass(name: str, family: str):
     torch.testing.assert_close(*outputs, rtol=0, atol=CLOSE)
 
 
-@pytest.mark.parametrize("explicit", [False, True])
-@pytest.mark.parametrize("depth", [0, 2])
-@pytest.mark.parametrize("renumber", [False, True])
+@pairwise(renumber=[False, True], depth=[0, 2], explicit=[False, True])
 @torch.no_grad()
 def test_a_decoding_loop_of_ones_own(renumber: bool, depth: int, explicit: bool):
     vlm = shared("internvl")

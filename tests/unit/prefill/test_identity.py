@@ -14,6 +14,7 @@ from pgp_lightning.prefill import KeepAll, Pruner, pruned
 from pgp_lightning.pruners.guided import Guided
 from pgp_lightning.vlm.family import VLM
 from pgp_lightning.vlm.inputs import prompt_inputs
+from tests.pairwise import pairwise
 from tests.tiny import QUESTIONS, row_of
 from tests.unit.prefill.made import (
     FAMILIES,
@@ -46,10 +47,7 @@ def same(ours: Any, theirs: Any) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", NOTHING)
+@pairwise(name=NOTHING, family=FAMILIES, rows=[1, 3], attention=["sdpa", "eager"])
 def test_pruning_nothing_changes_no_bit(name: str, family: str, rows: int, attention: str):
     vlm = shared(family, attention)
     request = ask(vlm) if rows == 3 else row_of(ask(vlm), 0)
@@ -85,9 +83,7 @@ def shortened(vlm: VLM, inputs: dict[str, Any], keep: Tensor, positions: bool) -
     return short if positions else {k: v for k, v in short.items() if k != "position_ids"}
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("renumber", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pairwise(family=FAMILIES, renumber=[False, True], rows=[1, 4])
 @torch.no_grad()
 def test_pruning_before_the_first_layer_equals_shortened_inputs(family: str, renumber: bool, rows: int):
     vlm = shared(family)
