@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -11,10 +12,28 @@ from hypothesis import settings
 # wait for each other's threads longer than they compute.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A deadline per example measures the machine's load, not the code; pytest-timeout catches what hangs. Derandomised, so
-# that a run in CI fails only for what changed.
-settings.register_profile("suite", deadline=None, derandomize=True)
-settings.load_profile("suite")
+# What we take from other libraries: the mechanism, guides, pruners and loading. One fit and one comparison bear the mark
+# themselves.
+CONTRACT = tuple(
+    Path(__file__).parent / "unit" / part for part in ("prefill", "guides", "pruners", "vlm", "test_attention.py")
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Draw fewer examples where the mark `full` is left out."""
+    # A deadline per example measures the machine's load, not the code; pytest-timeout catches what hangs. Derandomised,
+    # so that a run in CI fails only for what changed.
+    examples = 25 if "not full" in config.option.markexpr else 100
+    settings.register_profile("suite", deadline=None, derandomize=True, max_examples=examples)
+    settings.load_profile("suite")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the contract by folder, before marks are selected by."""
+    for item in items:
+        if item.get_closest_marker("full") is None and any(item.path.is_relative_to(part) for part in CONTRACT):
+            item.add_marker("contract")
 
 
 @pytest.fixture(scope="session")

@@ -78,6 +78,7 @@ def finished(root: Path) -> dict[str, tuple[int, int]]:
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in shards}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("workers", "kills"), [(0, 5), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_a_build_that_was_killed(tmp_path: Path, workers: int, kills: int) -> None:
     (tmp_path / "slow_records.py").write_text(BUILDER)

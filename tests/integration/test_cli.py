@@ -268,6 +268,7 @@ def test_exit_codes_of_the_process(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith("error: ") and "usage" not in done.stderr
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 def test_two_processes_keep_both_random_states(run: Callable[..., int], tmp_path: Path) -> None:
     config = copy.deepcopy(CONFIG)

@@ -114,6 +114,7 @@ def test_a_comparison_writes_its_report(whole: Path):
     assert page.count("<article") == len(flipped) > 0 and all(answer.question in page for answer in flipped)
 
 
+@pytest.mark.full
 def test_a_killed_comparison_goes_on(config: dict[str, Any], whole: Path, tmp_path: Path):
     output, words = tmp_path / "out", command(written(config, tmp_path), tmp_path / "out", "--images", "6")
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -294,6 +295,7 @@ def test_another_configuration_in_the_same_folder(
     assert results(whole) == before
 
 
+@pytest.mark.full
 def test_the_process_has_the_exit_code(config: dict[str, Any], tmp_path: Path):
     words = command(written(config, tmp_path), tmp_path / "out", "--imagez=5")
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)

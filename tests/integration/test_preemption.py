@@ -43,6 +43,7 @@ def finish(process: subprocess.Popen[bytes]) -> str:
     return output.decode()
 
 
+@pytest.mark.full
 @pytest.mark.timeout(600)
 def test_a_warned_process_stops_all_of_them_and_the_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path, tmp_path / "data")

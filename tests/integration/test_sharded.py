@@ -33,6 +33,7 @@ STRATEGIES = [
     pytest.param("deepspeed_zero2", marks=needs_deepspeed),
     pytest.param("deepspeed_zero3", marks=needs_deepspeed),
 ]
+full = pytest.mark.full  # seconds of several processes each
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -95,6 +96,7 @@ def difference(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> fl
     return max(float((one[name] - two[name]).abs().max()) for name in one)
 
 
+@full
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_strategy_trains_saves_goes_on_and_is_exported(
     strategy: str, config: Path, single: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -167,6 +169,7 @@ def words_of(file: Path) -> set[str]:
         return {word for _, word, _ in pickletools.genops(archive.read(pickled)) if isinstance(word, str)}
 
 
+@full
 @needs_deepspeed
 def test_half_precision_leaves_positions_alone(config: Path, single: Path, tmp_path: Path) -> None:
     path, root = tmp_path / "overlay.yaml", tmp_path / "run"
@@ -181,6 +184,7 @@ def test_half_precision_leaves_positions_alone(config: Path, single: Path, tmp_p
     assert 0 < difference(found, weights(single)) < 0.02
 
 
+@full
 def test_a_checkpoint_of_another_strategy_is_refused(config: Path, single: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed: pip install -e '.[deepspeed]'")
@@ -191,6 +195,7 @@ def test_a_checkpoint_of_another_strategy_is_refused(config: Path, single: Path,
     assert done.returncode == 2 and "is one file" in done.stderr and "Traceback" not in done.stderr
 
 
+@full
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

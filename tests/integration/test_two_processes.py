@@ -27,6 +27,7 @@ from tests.integration.small_run import (
 from tests.trace import read_trace
 
 STEPS = 20
+pytestmark = pytest.mark.full  # by default test_fit.py alone trains on two processes
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from tests.slurm.cluster import NODES, ROOT, Cluster, missing, processes, runnin
 from tests.trace import read_trace
 
 pytestmark = [
+    pytest.mark.full,
     pytest.mark.slurm,
     pytest.mark.skipif(missing() is not None, reason=f"no SLURM here: {missing()}"),
     pytest.mark.timeout(900),

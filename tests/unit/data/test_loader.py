@@ -215,6 +215,7 @@ def test_evaluation_leaves_out_what_cannot_be_used(broken: StreamSource) -> None
         list(EvaluationLoader((replace(broken, allowed_rejects=0.05),), READER, 3))
 
 
+@pytest.mark.full
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told to keep memory")
 def test_a_worker_keeps_the_memory_it_frees() -> None:
     code = """

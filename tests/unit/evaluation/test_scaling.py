@@ -141,6 +141,7 @@ def _written() -> int:
     return int(next(line.split()[1] for line in lines if line.startswith("wchar")))
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 @pytest.mark.timeout(120)
 @pytest.mark.skipif(not Path("/proc/self/io").is_file(), reason="needs Linux's count of bytes written")

@@ -272,6 +272,7 @@ conversion.convert_checkpoint(source, target, translated(read_config(source)), s
 """
 
 
+@pytest.mark.full
 def test_a_killed_conversion_leaves_no_model(tmp_path: Path):
     arguments = [sys.executable, "-c", KILLED, str(GOLDEN / INTERNLM2), str(tmp_path / "target")]
     done = subprocess.run(arguments, cwd=GOLDEN.parents[1], capture_output=True, text=True, timeout=200)
