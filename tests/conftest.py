@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import runpy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import settings
 # wait for each other's threads longer than they compute.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# What we take from other libraries: the mechanism, guides, pruners and loading. One fit and one comparison bear the mark
+# What we take from other libraries: the mechanism, guides, pruners and loading. A fit and a comparison bear the mark
 # themselves.
 CONTRACT = tuple(
     Path(__file__).parent / "unit" / part for part in ("prefill", "guides", "pruners", "vlm", "test_attention.py")
@@ -50,3 +52,17 @@ def llava_base(tmp_path_factory: pytest.TempPathFactory) -> str:
     from tests.tiny_llava import save_llava
 
     return save_llava(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture
+def run_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a script as a program in this process, whose imports it need not repeat, and return what it printed."""
+
+    def call(script: Path, *arguments: object) -> str:
+        monkeypatch.setattr("sys.argv", [str(script), *map(str, arguments)])
+        monkeypatch.syspath_prepend(script.parent)  # it imports its neighbours
+        capsys.readouterr()
+        runpy.run_path(str(script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return call

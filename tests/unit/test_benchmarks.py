@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -118,11 +116,9 @@ def test_live_bytes_sees_what_the_graph_keeps(benchmark):
         assert tally.bytes == 4000  # the gradient
 
 
-def test_the_script_runs_at_embedded_size(tmp_path):
-    command = [sys.executable, str(FOLDER / "two_pass_step.py"), "--size", "embedded", "--tiles", "1", "--repeats", "1"]
-    command += ["--threads", "1", "--json", str(tmp_path / "step.json")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_the_script_runs_at_embedded_size(run_script, tmp_path):
+    asked = ["--size", "embedded", "--tiles", 1, "--repeats", 1, "--threads", 1]
+    printed = run_script(FOLDER / "two_pass_step.py", *asked, "--json", tmp_path / "step.json")
     (result,) = json.loads((tmp_path / "step.json").read_text())
     assert result["ratios"]["a"]["flops"] > 1 and result["ratios"]["b"]["flops"] > result["ratios"]["a"]["flops"]
-    assert "matmul peak" in done.stdout
+    assert "matmul peak" in printed

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -79,14 +77,12 @@ def test_the_clock_of_hooks_runs_in_hooks_only(benchmark):
     assert all(0 < around < 1 for around in case.around)
 
 
-def test_the_script_runs_on_a_tiny_shape(tmp_path):
-    command = [sys.executable, str(FOLDER / "prune_speed.py"), "--shape", "tiny", "--layers", "3", "--repeats", "2"]
-    command += ["--threads", "1", "--rows", "--json", str(tmp_path / "speed.json")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_the_script_runs_on_a_tiny_shape(run_script, tmp_path):
+    asked = ["--shape", "tiny", "--layers", 3, "--repeats", 2, "--threads", 1, "--rows"]
+    printed = run_script(FOLDER / "prune_speed.py", *asked, "--json", tmp_path / "speed.json")
     (result,) = json.loads((tmp_path / "speed.json").read_text())
     cases = result["cases"]
     assert cases["full"]["ratio"] == cases["full"]["predicted"] == 1
     pruned = [one for one in cases.values() if one["hooks"] is not None]
     assert len(pruned) == 5 and all(0 < one["predicted"] < 1 for one in pruned)
-    assert "time to FLOPs: at most" in done.stdout
+    assert "time to FLOPs: at most" in printed

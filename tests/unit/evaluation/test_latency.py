@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -94,10 +92,12 @@ def test_a_sweep_builds_each_batch_size():
     assert loads[1].throughput == pytest.approx(4 / loads[1].seconds.median)
 
 
-def test_the_command_prints_a_row_for_each_batch_size():
-    command = [sys.executable, "-m", "pgp_lightning.evaluation.latency", "--sizes", "1", "2", "--repeats", "1"]
-    done = subprocess.run([*command, "--new-tokens", "2"], capture_output=True, text=True, timeout=240, check=True)
-    head, line, *rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in done.stdout.splitlines()]
+def test_the_command_prints_a_row_for_each_batch_size(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["latency", "--sizes", "1", "2", "--repeats", "1", "--new-tokens", "2"])
+    latency.main()
+    head, line, *rows = [
+        [cell.strip() for cell in row.split("|")[1:-1]] for row in capsys.readouterr().out.splitlines()
+    ]
     assert head[0] == "rows" and head[-1] == "speed-up" and len(line) == len(head)
     assert [row[0] for row in rows] == ["1", "2"]
     for row in rows:

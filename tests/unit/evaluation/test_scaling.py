@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import socket
-import subprocess
-import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -262,8 +261,6 @@ def test_gpus_that_cannot_share_are_refused(paper: Workload):
         NODE.of(44)
 
 
-def test_the_script_prints_the_tables():
-    asked = [sys.executable, str(SCRIPT), "--cluster", "H100", "--gpus", "1", "8"]
-    done = subprocess.run(asked, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "| H100 | 8 | 11 x 2 |" in done.stdout and "| 11 | 16 |" in done.stdout
+def test_the_script_prints_the_tables(run_script: Callable[..., str]):
+    printed = run_script(SCRIPT, "--cluster", "H100", "--gpus", 1, 8)
+    assert "| H100 | 8 | 11 x 2 |" in printed and "| 11 | 16 |" in printed
