@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
 
+from pgp_lightning.tools import main
+from tests.integration.failing import fails
 from tests.integration.small_run import small_config, write_config, write_manifest
 
 ROOT = Path(__file__).parents[2]
@@ -50,100 +52,124 @@ def write_sweep(folder: Path, **rows: Any) -> Path:
     return sweep
 
 
-def run(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pgp_lightning.tools", "sweep", *map(str, words)]
-    # Sums of floats depend on the number of threads, which --jobs shares out.
-    one = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, env=one)
+ROWS: dict[str, Any] = {
+    "default": {"seeds": [0, 1], "another_question": True},
+    "faster": {"overlays": ["faster"], "seeds": [0, 1]},
+    "broken": {"overlays": ["broken"]},
+    "beta": {"overlays": ["beta"]},
+}
+FEW: dict[str, Any] = ROWS | {"default": {**ROWS["default"], "seeds": [0]}}
+FEW.pop("faster")
 
 
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A sweep that was killed while it trained, and then went on."""
-    folder = tmp_path_factory.mktemp("sweep")
-    sweep = write_sweep(
-        folder,
-        default={"seeds": [0, 1], "another_question": True},
-        faster={"overlays": ["faster"], "seeds": [0, 1]},
-        beta={"overlays": ["beta"]},
-    )
-    words = [sys.executable, "-m", "pgp_lightning.tools", "sweep", str(sweep), "--rows", "default", "--seeds", "0"]
-    one = {**os.environ, "OMP_NUM_THREADS": "1"}
+class Swept(NamedTuple):
+    """A sweep that is finished: where it lies, what it printed, what went wrong, and the runs that did not."""
+
+    folder: Path
+    printed: str
+    error: str
+    runs: list[tuple[str, int]]
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out"
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "pgp_lightning.tools", "sweep", *map(str, words)]
+
+
+def kill_while_training(sweep: Path) -> None:
+    """Begin a sweep and kill it, and what it has started, when its first run has saved for the first time."""
     process = subprocess.Popen(
-        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0, env=one
+        command(sweep, "--rows", "default", "--seeds", "0"),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        process_group=0,
     )
-    log, deadline = folder / "out" / "default" / "seed0" / "fit.log", time.monotonic() + 200
+    log, deadline = sweep.parent / "out" / "default" / "seed0" / "fit.log", time.monotonic() + 200
     while not list(log.parent.glob("checkpoints/last.ckpt")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[0].decode()
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (log.parent / "guide").exists()
-    done = run(sweep, "--jobs", "2")
-    assert done.returncode == 0, done.stderr
-    return folder / "out", done.stdout
 
 
-def test_every_run_is_trained_exported_and_scored(swept: tuple[Path, str]):
-    out, printed = swept
-    runs = {f"{row}_seed{seed}" for row, seed in
-            (("default", 0), ("default", 1), ("faster", 0), ("faster", 1), ("beta", 0))}  # fmt: skip
+@pytest.fixture(scope="module", params=["few", pytest.param("killed", marks=pytest.mark.full)])
+def swept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    """Few rows of one seed; or all, of a sweep that was killed while it trained and then went on."""
+    folder = tmp_path_factory.mktemp("sweep")
+    rows = FEW if request.param == "few" else ROWS
+    sweep = write_sweep(folder, **rows)
+    if request.param == "killed":
+        kill_while_training(sweep)
+    done = subprocess.run(command(sweep, "--jobs", 2), capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1, done.stderr  # for the broken row alone
+    runs = [(name, seed) for name, row in rows.items() if name != "broken" for seed in row.get("seeds", [0])]
+    return Swept(folder, done.stdout, done.stderr, runs)
+
+
+def test_every_run_is_trained_exported_and_scored(swept: Swept):
+    out, printed = swept.out, swept.printed
+    runs = {f"{row}_seed{seed}" for row, seed in swept.runs}
     assert {str(path.parent.relative_to(out)).replace("/", "_") for path in out.glob("*/*/guide")} == runs
     answers = {path.stem for path in (out / "answers").glob("*.jsonl")}
     rows = {*runs, "grid", "uniform", "random", "oracle", "default_seed0_another_question"}  # all, and the controls
     assert answers >= {"full", *(f"{name}@{budget}" for name in rows for budget in (5, 20))}
-    assert all(f"{name} finished" in printed for name in runs) and "5/5" in printed
+    assert all(f"{name} finished" in printed for name in runs) and f"{len(runs) + 1}/{len(runs) + 1}" in printed
 
     figures = json.loads((out / "sweep.json").read_text())
     assert figures.keys() == runs
-    assert [step for step, _ in figures["default_seed1"]["curve"]] == [2, 4]
+    for found in figures.values():
+        assert [step for step, _ in found["curve"]] == [2, 4]
+        assert {"kl", "gate", "accuracy", "accuracy_blind", "mass/relevant"} <= found.keys()
     assert figures["beta_seed0"]["beta"] == [pytest.approx(0.9)] * 2
-    assert {"kl", "gate", "accuracy", "accuracy_blind", "mass/relevant"} <= figures["faster_seed1"].keys()
 
     table = (out / "sweep.md").read_text()
     for name in (*runs, "full", "grid", "oracle", "default_seed0_another_question"):
         assert f"| {name} | " in table
-    assert "| faster | default | mean | " in table and "| beta | default | 0 | " in table
+    assert "| beta | default | 0 | " in table
+    assert ("| faster | default | mean | " in table) == (("faster", 1) in swept.runs)
     assert table in printed
     assert "<svg" in (out / "curves_default.svg").read_text()
 
 
-def test_a_resumed_run_is_the_undisturbed_one(swept: tuple[Path, str], tmp_path: Path):
-    sweep = write_sweep(tmp_path, default={"seeds": [0]})
-    assert run(sweep).returncode == 0
-    ours, other = (folder / "default" / "seed0" / "guide" for folder in (swept[0], tmp_path / "out"))
+@pytest.mark.full
+def test_a_resumed_run_is_the_undisturbed_one(swept: Swept, tmp_path: Path):
+    assert main(["sweep", str(write_sweep(tmp_path, default={"seeds": [0]}))]) == 0
+    ours, other = (folder / "default" / "seed0" / "guide" for folder in (swept.out, tmp_path / "out"))
     for name in ("adapter_model.safetensors", "bottleneck.safetensors"):
         assert (ours / name).read_bytes() == (other / name).read_bytes()
 
 
-def test_what_is_finished_is_not_done_again(swept: tuple[Path, str]):
-    out, _ = swept
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".ckpt", ".jsonl", ".json")}
-    table = (out / "sweep.md").read_text()
-    done = run(out.parent / "sweep", "--rows", "faster", "--seeds", "1")
-    assert done.returncode == 0 and table in done.stdout
+def test_what_is_finished_is_not_done_again(swept: Swept, capsys: pytest.CaptureFixture[str]):
+    files = [path for path in swept.out.rglob("*") if path.suffix in (".ckpt", ".jsonl", ".json")]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    table, (row, seed) = (swept.out / "sweep.md").read_text(), swept.runs[-1]
+    assert main(["sweep", str(swept.folder / "sweep"), "--rows", row, "--seeds", str(seed)]) == 0
+    assert table in capsys.readouterr().out
     changed = {path.name for path, time_ in before.items() if path.stat().st_mtime_ns != time_}
     assert changed <= {"sweep.json"}
 
 
-def test_a_run_is_not_taken_for_one_of_another_configuration(swept: tuple[Path, str]):
-    out, _ = swept
-    overlay = out.parent / "sweep" / "faster.yaml"
+def test_a_run_is_not_taken_for_one_of_another_configuration(swept: Swept, capsys: pytest.CaptureFixture[str]):
+    overlay, words = swept.folder / "sweep" / "beta.yaml", ["sweep", str(swept.folder / "sweep"), "--rows", "beta"]
     written = overlay.read_text()
     overlay.write_text(f"# the same\n{written}")
-    assert run(out.parent / "sweep", "--rows", "faster", "--seeds", "0").returncode == 0
-    overlay.write_text(written.replace("0.002", "0.003"))
-    done = run(out.parent / "sweep", "--rows", "faster", "--seeds", "0")
+    assert main(words) == 0
+    overlay.write_text(written.replace("0.9", "0.8"))
+    assert main(words) == 1
     overlay.write_text(written)
-    assert done.returncode == 1 and "faster_seed0 failed: " in done.stderr and "faster.yaml changed" in done.stderr
+    error = capsys.readouterr().err
+    assert "beta_seed0 failed: " in error and "beta.yaml changed" in error
 
 
-def test_a_row_that_fails_does_not_stop_the_others(tmp_path: Path):
-    sweep = write_sweep(tmp_path, broken={"overlays": ["broken"]}, default={"seeds": [0]})
-    done = run(sweep, "--jobs", "1")
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: broken_seed0 failed: exit code 2: error: ") and "learning_rate" in done.stderr
-    assert "| default_seed0 | " in done.stdout and "broken_seed0 failed" in done.stdout
+def test_a_row_that_fails_does_not_stop_the_others(swept: Swept):
+    (line,) = swept.error.splitlines()
+    assert line.startswith("error: broken_seed0 failed: exit code 2: error: ") and "learning_rate" in line
+    assert "broken_seed0 failed" in swept.printed
 
 
 @pytest.mark.parametrize(
@@ -154,6 +180,5 @@ def test_a_row_that_fails_does_not_stop_the_others(tmp_path: Path):
         (["--jobs", "0"], "jobs must be at least 1"),
     ],
 )
-def test_a_wrong_call_is_refused(tmp_path: Path, words: list[str], reason: str):
-    done = run(write_sweep(tmp_path, default={}), *words)
-    assert done.returncode == 2 and reason in done.stderr and done.stderr.count("\n") == 1
+def test_a_wrong_call_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], reason: str):
+    assert reason in fails(["sweep", str(write_sweep(tmp_path, default={})), *words], capsys)
