@@ -74,6 +74,7 @@ def whole(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> P
     return folder / "out"
 
 
+@pytest.mark.contract
 def test_a_comparison_writes_its_report(whole: Path):
     made = {"report.md", "report.csv", "report.json", "curve.svg", "explorer.html", "paired.md"}
     names = {f"{name}@{budget}" for name in (*METHODS, "uniform", "random", "oracle") for budget in (5, 20)}

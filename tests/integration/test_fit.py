@@ -73,6 +73,7 @@ def assert_equal(one: Any, other: Any, where: str = "") -> None:
         assert one == other, where
 
 
+@pytest.mark.contract
 def test_the_events_hold_every_figure(whole: Path):
     found = events(whole)
     scalars = set(found.Tags()["scalars"])

@@ -64,7 +64,7 @@ def test_the_baselines_take_the_same_step(benchmark):
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("tiles", [1, 3])
+@pytest.mark.parametrize("tiles", [pytest.param(1, marks=pytest.mark.full), 3])
 def test_closed_forms_equal_torchs_counter(benchmark, tiles):
     bench = bench_of(benchmark, small_guide(benchmark), tiles)
     for variant in benchmark.VARIANTS:
@@ -116,6 +116,7 @@ def test_live_bytes_sees_what_the_graph_keeps(benchmark):
         assert tally.bytes == 4000  # the gradient
 
 
+@pytest.mark.full
 def test_the_script_runs_at_embedded_size(run_script, tmp_path):
     asked = ["--size", "embedded", "--tiles", 1, "--repeats", 1, "--threads", 1]
     printed = run_script(FOLDER / "two_pass_step.py", *asked, "--json", tmp_path / "step.json")
