@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -200,6 +201,38 @@ def test_a_resumed_run_is_the_undisturbed_one(
     for tag in ("val/importance/0",):
         assert [e.step for e in found.Images(tag)] == [e.step for e in expected.Images(tag)]
     assert [e.step for e in found.Histograms("health/kl")] == [e.step for e in expected.Histograms("health/kl")]
+
+
+def test_a_warned_run_saves_requeues_and_goes_on_at_the_next_step(
+    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = copy.deepcopy(CONFIG)
+    saving = {"class_path": "StepCheckpoint", "init_args": {"every_n_train_steps": 1000, "save_last": True}}
+    noting = {"class_path": "Preemption", "init_args": {"requeue": ["touch", f"{tmp_path}/requeued-{{job}}"]}}
+    config["trainer"]["callbacks"][-1:] = [saving, noting]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    modules: list[ToyModule] = []
+    monkeypatch.setattr(ToyModule, "on_fit_start", lambda self: modules.append(self), raising=False)
+    assert run("fit", "whole") == 0
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+
+    def warn(self: ToyModule, batch: Any, number: int) -> None:
+        if number == 5 and len(modules) == 2:  # no step that validates
+            signal.raise_signal(signal.SIGUSR1)
+
+    monkeypatch.setattr(ToyModule, "on_train_batch_start", warn, raising=False)
+    capsys.readouterr()
+    assert run("fit", "warned") == 0
+    last = tmp_path / "warned" / "checkpoints" / "last.ckpt"
+    assert f"warned by SIGUSR1: saved {last} at optimiser step 6 and stop" in "".join(capsys.readouterr())
+    assert (tmp_path / "requeued-17").exists()
+    assert run("fit", "warned", "--ckpt_path=last") == 0
+    whole, first, second = modules
+    assert len(first.trace) == 6 and first.trace + second.trace == whole.trace
+    assert all(map(torch.equal, second.parameters(), whole.parameters()))
+    found, expected = events(tmp_path / "warned"), events(tmp_path / "whole")
+    for tag in ("train/loss", "val/loss"):
+        assert [(e.step, e.value) for e in found.Scalars(tag)] == [(e.step, e.value) for e in expected.Scalars(tag)]
 
 
 def test_events_are_duplicated_without_the_purge(

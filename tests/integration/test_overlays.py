@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from pgp_lightning.cli import main as lightning
 from pgp_lightning.guides.posterior import PosteriorGuide
 from pgp_lightning.tools import main as pgp
 from tests.integration.small_run import ROOT, write_manifest
@@ -34,7 +33,12 @@ def original_base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize(("overlay", "fixture"), [("internvl2_5_1b", "original_base"), ("llava_1_5", "llava_base")])
 def test_an_overlay_trains_and_exports(
-    overlay: str, fixture: str, manifest: Path, tmp_path: Path, request: pytest.FixtureRequest
+    overlay: str,
+    fixture: str,
+    manifest: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
 ):
     base, root = request.getfixturevalue(fixture), tmp_path / "run"
     written = yaml.safe_load((OVERLAYS / f"{overlay}.yaml").read_text())
@@ -56,13 +60,11 @@ def test_an_overlay_trains_and_exports(
         "trainer.enable_progress_bar": "false",
         "trainer.default_root_dir": root,
     }
-    program = [sys.executable, "-m", "pgp_lightning", "fit", "--config", "configs/pgp.yaml"]
-    program += ["--config", str(OVERLAYS / f"{overlay}.yaml")]
-    program += [f"--{key}={value}" for key, value in settings.items()]
-    program += ["--trainer.callbacks+=GlobalBatch", "--trainer.callbacks.records=11"]
-    done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "stopped after 2 optimiser steps" in done.stdout
+    words = ["fit", f"--config={ROOT / 'configs' / 'pgp.yaml'}", f"--config={OVERLAYS / f'{overlay}.yaml'}"]
+    words += [f"--{key}={value}" for key, value in settings.items()]
+    words += ["--trainer.callbacks+=GlobalBatch", "--trainer.callbacks.records=11"]
+    assert lightning(words) == 0
+    assert "stopped after 2 optimiser steps" in capsys.readouterr().out
     used = yaml.safe_load((root / "config.yaml").read_text())
     assert written["trainer"]["callbacks+"] == [{"class_path": "GlobalBatch", "init_args": {"records": 176}}]
     assert 11 * written["data"]["init_args"]["batch_size"] == 176

@@ -13,6 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pgp_lightning import warning_signal
+from pgp_lightning.cli import main as lightning
 from pgp_lightning.tools import main as pgp
 from tests.integration.small_run import (
     ROOT,
@@ -84,12 +85,12 @@ def test_a_warning_while_the_program_is_still_loading_is_kept(tmp_path: Path) ->
     assert not warning_signal.warned()
 
 
-def test_what_has_nothing_to_save_with_is_refused(tmp_path: Path) -> None:
+def test_what_has_nothing_to_save_with_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = write_manifest(tmp_path, tmp_path / "data")
     config = small_config(manifest)
     config["trainer"]["callbacks"] = [
         one for one in config["trainer"]["callbacks"] if one["class_path"] != "StepCheckpoint"
     ]
-    command = fit_command(write_config(tmp_path, config), tmp_path / "run")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "Preemption saves by a StepCheckpoint with save_last: true" in done.stderr
+    path = write_config(tmp_path, config)
+    assert lightning(["fit", "--config", str(path), f"--trainer.default_root_dir={tmp_path / 'run'}"]) == 2
+    assert "Preemption saves by a StepCheckpoint with save_last: true" in capsys.readouterr().err
