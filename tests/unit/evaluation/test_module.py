@@ -231,6 +231,7 @@ trainer.predict(module, data, return_predictions=False)
 """
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 def test_two_processes_share_the_work_of_one(tmp_path: Path, manifest: Path, benchmark: list[Answer]):
     script = tmp_path / "script.py"
