@@ -44,6 +44,7 @@ def check_shares(names: list[str], shares: dict[str, float], stretch: int) -> fl
     return worst
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 def test_two_ranks_of_two_workers_see_every_record_once_per_epoch(mixture: Built, tmp_path: Path) -> None:
     stream, epochs = mixture_of(mixture.manifest, OPTIONS), 2
@@ -112,6 +113,7 @@ def test_a_run_changes_its_ranks_and_workers_at_every_resume(mixture: Built, tmp
     assert found == expected
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("kills", "until"), [(3, 50), pytest.param(30, 320, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
 )
