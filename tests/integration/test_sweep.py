@@ -122,8 +122,9 @@ def test_every_run_is_trained_exported_and_scored(swept: Swept):
 
     figures = json.loads((out / "sweep.json").read_text())
     assert figures.keys() == runs
+    assert [step for step, _ in figures["beta_seed0"]["curve"]] == [2, 4]
     for found in figures.values():
-        assert [step for step, _ in found["curve"]] == [2, 4]
+        assert found["curve"][-1][0] == 4  # a kill between checkpoint and validation costs a point
         assert {"kl", "gate", "accuracy", "accuracy_blind", "mass/relevant"} <= found.keys()
     assert figures["beta_seed0"]["beta"] == [pytest.approx(0.9)] * 2
 
@@ -137,6 +138,7 @@ def test_every_run_is_trained_exported_and_scored(swept: Swept):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("swept", ["killed"], indirect=True)
 def test_a_resumed_run_is_the_undisturbed_one(swept: Swept, tmp_path: Path):
     assert main(["sweep", str(write_sweep(tmp_path, default={"seeds": [0]}))]) == 0
     ours, other = (folder / "default" / "seed0" / "guide" for folder in (swept.out, tmp_path / "out"))
