@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import combinations
 
 import pytest
 import torch
@@ -191,30 +192,48 @@ def test_gradients_pass_through_what_is_needed():
 
 
 def slow_twin(scores: list[float], size: int, budget: int, most: int) -> set[int]:
-    """Choose tokens in loops: the best tiles by what they could bring into the budget, then tokens in them."""
-    tiles = [list(range(first, first + size)) for first in range(0, len(scores), size)]
-    worth = [sum(sorted((scores[i] for i in tile), reverse=True)[:budget]) for tile in tiles]
-    best = sorted(range(len(tiles)), key=lambda tile: (-worth[tile], tile))[:most]
-    among = sorted(i for tile in best for i in tiles[tile])
-    return set(sorted(among, key=lambda i: (-scores[i], i))[:budget])
+    """Try every choice: of a tile's tokens that could fill the budget, and of tiles; then count who beats a token."""
+    tiles = [range(first, first + size) for first in range(0, len(scores), size)]
+    choices = [combinations([scores[i] for i in tile], min(budget, size)) for tile in tiles]
+    worth = [max(map(sum, choice)) for choice in choices]
+    best = max(combinations(range(len(tiles)), min(most, len(tiles))), key=lambda some: sum(worth[t] for t in some))
+    among = [i for t in best for i in tiles[t]]
+    return {i for i in among if sum((-scores[j], j) < (-scores[i], i) for j in among) < budget}
 
 
-@settings(max_examples=40)
-@given(data=st.data(), most=st.integers(1, 6), ratio=st.floats(0.01, 1.0))
+def limited(scores: list[list[float]], ratio: float, most: int, request: Request) -> list[set[int]]:
+    """Return the tokens that stay of each row under a limit on tiles."""
+    padded = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, scores)), True, -torch.inf)
+    keep = Guided(Fixed(padded), 0, ratio, max_tiles_kept=most)._choose(padded, request)
+    return [set(row.nonzero().flatten().tolist()) for row in keep]
+
+
+@settings(max_examples=60)
+@given(data=st.data(), most=st.integers(1, 5), ratio=st.sampled_from([0.01, 0.1, 0.17, 0.25, 0.3, 0.5, 1.0]))
 def test_a_limit_on_tiles_equals_its_slow_twin(data: st.DataObject, most: int, ratio: float):
     images = data.draw(st.permutations(range(3)).map(tuple))
     request = tiny_request(QUESTIONS[:3], images=images)
     # Quarters add up exactly, and often tie.
-    rows = [data.draw(st.lists(st.integers(-8, 8), min_size=n, max_size=n)) for n in request.counts]
-    scores = torch.full((3, max(request.counts)), -torch.inf)
-    for row, values in enumerate(rows):
-        scores[row, : len(values)] = torch.tensor(values) / 4
-    keep = Guided(Fixed(scores), 0, ratio, max_tiles_kept=most)._choose(scores, request)
-    for row, values in enumerate(rows):
-        budget = max(1, int(len(values) * ratio + 1e-6))
-        kept = set(keep[row].nonzero().flatten().tolist())
-        assert kept == slow_twin([value / 4 for value in values], SIZE, budget, most)
+    quarters = st.integers(-8, 8).map(lambda n: n / 4)
+    rows = [data.draw(st.lists(quarters, min_size=n, max_size=n)) for n in request.counts]
+    for scores, kept in zip(rows, limited(rows, ratio, most, request), strict=True):
+        budget = max(1, int(len(scores) * ratio + 1e-6))
+        assert kept == slow_twin(scores, SIZE, budget, most)
         assert len(kept) == min(budget, most * SIZE) and len({i // SIZE for i in kept}) <= most
+
+
+# Three tiles of four tokens: one token that stands out, two good ones, and four of which none is worth the first.
+PEAK, PAIR, EVEN = [9.0, 0.0, 0.0, 0.0], [6.0, 6.0, 0.0, 0.0], [4.0, 4.0, 4.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("budget", "tile", "kept"),
+    [(1, 0, {0}), (2, 1, {4, 5}), (3, 1, {4, 5, 6}), (4, 2, {8, 9, 10, 11}), (12, 2, {8, 9, 10, 11})],
+)
+def test_a_tile_is_worth_what_it_brings_into_the_budget(budget: int, tile: int, kept: set[int]):
+    request = tiny_request(QUESTIONS[:1], GRIDS[:1])
+    assert {i // SIZE for i in kept} == {tile}
+    assert limited([PEAK + PAIR + EVEN], budget / 12, 1, request) == [kept]
 
 
 @torch.no_grad()

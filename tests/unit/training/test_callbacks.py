@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import math
 import random
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
 from pgp_lightning.bottleneck import GaussianBottleneck
 from pgp_lightning.errors import ConfigError
@@ -324,6 +326,31 @@ def test_differences_names_what_matters_and_nothing_else() -> None:
     assert differences(old, new) == [
         "callbacks.BetaAnnealing.end 0.5 -> 0.7", "model.guide.r 4 -> 8", "trainer.max_steps 5 -> 6"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new"),
+    [
+        ("gradient_clip_algorithm", None, "value"),
+        ("gradient_clip_val", 1.0, 0.5),
+        ("limit_train_batches", None, 0.5),
+        ("max_epochs", None, 2),
+        ("max_steps", 5, 6),
+        ("overfit_batches", 0.0, 1),
+        ("precision", "bf16-true", "32-true"),
+    ],
+)
+def test_a_trainers_option_that_changes_what_is_learned_is_a_difference(key: str, old: object, new: object) -> None:
+    assert key in inspect.signature(Trainer).parameters
+
+    def config(**trainer: object) -> dict[str, Any]:
+        return {"seed_everything": 1, "model": {}, "data": {}, "trainer": trainer}
+
+    shown = "none" if old is None else old
+    assert differences(config(**{key: old}), config(**{key: new})) == [f"trainer.{key} {shown} -> {new}"]
+    # A key that was not written counts as none.
+    assert differences(config(), config(**{key: new})) == [f"trainer.{key} none -> {new}"]
+    assert differences(config(**{key: new}), config(**{key: new})) == []
 
 
 def test_the_last_checkpoint(tmp_path: Path) -> None:
