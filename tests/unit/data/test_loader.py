@@ -147,6 +147,13 @@ def test_a_source_of_which_nothing_can_be_used(tmp_path: Path) -> None:
         next(iter(TrainingLoader(mixture, READER, 10)))
 
 
+def test_a_search_for_a_usable_record_ends(tmp_path: Path) -> None:
+    write_source(tmp_path / "all", PictureBuilder("all", 1001, broken=tuple(range(1001))), progress=False)
+    mixture = Mixture((stream_source(tmp_path / "all", allowed_rejects=1.0),), lanes=1, batch_size=1)
+    with pytest.raises(DataError, match=r"'all' in .*: none of 1000 records in a row can be used: bad-image 1000 "):
+        next(iter(TrainingLoader(mixture, READER, 10)))
+
+
 def test_the_tally_allows_for_bad_luck_but_not_for_bad_data(sources: tuple[StreamSource, ...]) -> None:
     shard = replace(sources[0].shards[0], samples=100_000)
     source = StreamSource("s", (shard,), allowed_rejects=0.01)
@@ -211,8 +218,10 @@ def test_evaluation_leaves_out_what_cannot_be_used(broken: StreamSource) -> None
     assert sum(len(batch) for batch in EvaluationLoader((broken,), READER, 1)) == 35
     with pytest.raises(DataError, match="no record of an evaluation batch can be used"):
         list(EvaluationLoader((broken,), READER, 1, rank=0, ranks=2))
-    with pytest.raises(DataError, match=r"allowed are 5\.0%"):
-        list(EvaluationLoader((replace(broken, allowed_rejects=0.05),), READER, 3))
+    # Rejects were seen all the same, beside others (batches of two or three records) and alone.
+    for batch_size, words in ((3, r"3 of 8 records \(37\.5%\)"), (1, r"3 of 6 records \(50\.0%\)")):
+        with pytest.raises(DataError, match=rf"{words} cannot be used, allowed are 5\.0%: bad-image 3\."):
+            list(EvaluationLoader((replace(broken, allowed_rejects=0.05),), READER, batch_size))
 
 
 @pytest.mark.full

@@ -115,6 +115,15 @@ def test_a_source_that_is_all_damage_ends_with_a_message(tmp_path: Path) -> None
         next(iter(TrainingLoader(mixture_of(source), READER, 4)))
 
 
+def test_a_search_passes_any_number_of_records_that_are_damaged(tmp_path: Path) -> None:
+    write_source(tmp_path / "d", PictureBuilder("d", 2001), 2000, progress=False)  # a shard of 2,000, and one of 1
+    (tmp_path / "d" / "d-00000.tar").unlink()
+    source = replace(stream_source(tmp_path / "d", allowed_rejects=1.0), on_damage="substitute")
+    for seed in range(8):  # the one that can be used is anywhere, so for some of them beyond a thousand
+        mixture = Mixture((source,), seed, lanes=1, batch_size=1, window=2001)
+        assert next(iter(TrainingLoader(mixture, READER, 1))).keys == ["d-2000"]
+
+
 def test_places_of_one_window_have_substitutes_of_their_own() -> None:
     source = replace(plain_source("a", [60]), on_damage="substitute")
     lane = Lane(EpochPlan(Mixture((source,), lanes=1, window=20), 0), 0)

@@ -127,6 +127,21 @@ def test_noise_and_subset_depend_on_seed_record_and_turn_alone(tiny_base: str):
             assert [module._subset(later).kept[r].tolist() for r in (0, 2)] != [kept[0], kept[2]]  # type: ignore[union-attr]
 
 
+def test_no_two_draws_of_a_step_share_their_random_numbers(tiny_base: str, monkeypatch: pytest.MonkeyPatch):
+    # A subset that is drawn from its noise's stream would choose tokens by their noise.
+    module = make(tiny_base, visual_token_share=0.5)
+    real, seeds = module._generator, []
+
+    def noted(*key: Any) -> torch.Generator:
+        generator = real(*key)
+        seeds.append(generator.initial_seed())
+        return generator
+
+    monkeypatch.setattr(module, "_generator", noted)
+    module.training_step(four(), 0)
+    assert len(seeds) == len(set(seeds)) == 2 * 4  # of noise and of subsets; neighbouring records, and turns of one
+
+
 def test_noise_is_standard_normal_and_a_token_keeps_its_own_in_a_subset(tiny_base: str):
     module, share, batch = make(tiny_base), make(tiny_base, visual_token_share=0.5), four()
     everything = noise(module, batch, 2)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LogitsProcessor
 
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.vlm.family import VLM, check_pair, choose_attention
@@ -117,6 +118,27 @@ def test_a_model_of_the_llava_family(llava_base: str):
         ours = vlm.head(vlm.decoder(inputs_embeds=embeddings).last_hidden_state)
         theirs = vlm.model(input_ids=ids, pixel_values=vlm.normalise(tiles[:1])).logits
     assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("fixture", ["tiny_base", "llava_base"])
+@pytest.mark.parametrize("said", [None, 7, [7, 9]])
+def test_an_answer_ends_at_the_chat_formats_stop_whatever_a_file_says(
+    fixture: str, said: object, tmp_path: Path, request: pytest.FixtureRequest
+):
+    folder = tmp_path / "copy"
+    shutil.copytree(request.getfixturevalue(fixture), folder)
+    (folder / "generation_config.json").write_text(json.dumps({} if said is None else {"eos_token_id": said}))
+    vlm = load_vlm(str(folder))
+    stop = vlm.processor.stop_id
+
+    def says(token: int) -> LogitsProcessor:
+        return lambda ids, scores: torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([token]), 0.0)
+
+    ids, counts = torch.tensor([[1, 8, 9]]), {}
+    for token in (stop, 7):
+        out = vlm.model.generate(input_ids=ids, max_new_tokens=3, logits_processor=[says(token)], pad_token_id=0)
+        counts[token] = out.shape[1] - ids.shape[1]
+    assert counts == {stop: 1, 7: 3}
 
 
 def test_the_adapter_matches_the_language_model_only(tiny_base: str, llava_base: str, tmp_path: Path):
