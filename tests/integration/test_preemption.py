@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -45,7 +44,6 @@ def finish(process: subprocess.Popen[bytes]) -> str:
 
 
 @pytest.mark.full
-@pytest.mark.timeout(600)
 def test_a_warned_process_stops_all_of_them_and_the_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path, tmp_path / "data")
     assert pgp(["shards", "build", str(manifest)]) == 0

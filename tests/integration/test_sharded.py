@@ -34,7 +34,6 @@ STRATEGIES = [
     pytest.param("deepspeed_zero3", marks=needs_deepspeed),
 ]
 full = pytest.mark.full  # seconds of several processes each
-pytestmark = pytest.mark.timeout(600)
 
 
 def overlay(strategy: str) -> dict[str, Any]:

@@ -62,7 +62,6 @@ def samples(root: Path, ranks: int) -> list[Any]:
     return [line["samples"] for lines in zip(*traces, strict=True) for line in lines]
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("precision", "limit"), [("64-true", 1e-9), pytest.param("32-true", 1e-4, marks=pytest.mark.slow)]
 )
@@ -81,7 +80,6 @@ def test_two_processes_are_one_with_twice_the_accumulation(
     assert difference < limit < moved
 
 
-@pytest.mark.timeout(300)
 def test_the_curves_say_which_process_is_slow(config: Path, tmp_path: Path) -> None:
     content = yaml.safe_load(config.read_text())
     # After Throughput, which has begun to count by then; long enough to be seen on a machine with other work.
@@ -94,7 +92,6 @@ def test_the_curves_say_which_process_is_slow(config: Path, tmp_path: Path) -> N
     assert ranks == [1.0] * 4 and min(lags) > 0.1, (ranks, lags)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_when_one_process_is_killed_the_others_end_and_the_run_goes_on(config: Path, tmp_path: Path, rank: int) -> None:
     root = tmp_path / "run"
@@ -113,7 +110,6 @@ def test_when_one_process_is_killed_the_others_end_and_the_run_goes_on(config: P
         assert read_trace(root)[-1]["batch"] == read_trace(root, rank=1)[-1]["batch"] == 2 * STEPS - 1
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_run_that_is_told_to_end_does_so_at_once(config: Path, tmp_path: Path, devices: int) -> None:
     root = tmp_path / "run"

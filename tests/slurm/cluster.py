@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 DAEMONS = ("munged", "slurmctld", "slurmd")
 # Names that every resolver takes for 127.0.0.1 and 127.0.0.2, so that processes find each other by the node's name.
 NODES = ("0x7f000001", "0x7f000002")
+PATIENCE = 600  # seconds until something is taken to hang: far more than it needs on a loaded machine
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
 
 
@@ -90,7 +91,7 @@ class Cluster:
 
     def call(self, *command: str, cwd: Path | None = None) -> str:
         """Run one of SLURM's commands and return what it prints."""
-        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=self.environment, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=self.environment)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout.strip()
 
@@ -108,17 +109,17 @@ class Cluster:
         lines = self.call("scontrol", "--oneliner", "show", "job", job).splitlines()
         return {line.partition("JobState=")[2].split()[0] for line in lines}
 
-    def finish(self, job: str, seconds: float = 240) -> set[str]:
+    def finish(self, job: str) -> set[str]:
         """Wait for the end of a job and return the states it ended in."""
-        wait(lambda: self.states(job) <= set(FINAL), f"job {job} to end", seconds)
+        wait(lambda: self.states(job) <= set(FINAL), f"job {job} to end")
         return self.states(job)
 
 
-def wait(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+def wait(condition: Callable[[], bool], what: str) -> None:
     """Wait until a condition holds."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < end, f"waited {seconds:g} s for {what}"
+        assert time.monotonic() < end, f"waited {PATIENCE} s for {what}"
         time.sleep(0.1)
 
 
@@ -149,7 +150,8 @@ def running_cluster() -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: the name of a socket has at most 107 characters
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/usr/local/sbin"
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
-    own = {"SLURM_CONF": f"{folder}/slurm.conf", "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    modules = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    own = {"SLURM_CONF": f"{folder}/slurm.conf", "PATH": path, "PYTHONPATH": modules, "OMP_NUM_THREADS": "1"}
     cluster, started = Cluster(folder, inherited | own), []
 
     def start(*command: str | Path) -> None:
@@ -164,7 +166,7 @@ def running_cluster() -> Iterator[Cluster]:
         (folder / "munge.key").chmod(0o400)
         files = [f"--{kind}-file={folder}/munge.{kind}" for kind in ("key", "pid", "log", "seed")]
         start("munged", "--foreground", "--force", f"--socket={folder}/munge.sock", *files)
-        wait((folder / "munge.sock").is_socket, "munged", 20)
+        wait((folder / "munge.sock").is_socket, "munged")
         start("slurmctld", "-D", "-c", "-f", folder / "slurm.conf")
         for node in NODES:
             start("slurmd", "-D", "-c", "-N", node, "-f", folder / "slurm.conf")
@@ -172,10 +174,10 @@ def running_cluster() -> Iterator[Cluster]:
 
         def idle() -> bool:
             assert all(one.poll() is None for one in started), (folder / "daemons.log").read_text()
-            done = subprocess.run(told, capture_output=True, text=True, env=cluster.environment, timeout=60)
+            done = subprocess.run(told, capture_output=True, text=True, env=cluster.environment)
             return done.stdout.split() == ["idle"] * len(NODES)
 
-        wait(idle, "idle nodes", 60)
+        wait(idle, "idle nodes")
         yield cluster
     finally:
         while left := processes(folder):

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.full,
     pytest.mark.slurm,
     pytest.mark.skipif(missing() is not None, reason=f"no SLURM here: {missing()}"),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),  # a test waits for several jobs
 ]
 
 STEPS, SAVE_EVERY = 30, 4  # two micro-batches a step
@@ -73,11 +73,11 @@ def lines_before(cluster: Cluster, folder: Path, fits: dict[str, str]) -> list[i
     seen = []
 
     def traced(lines: int) -> None:
-        wait(lambda: len(read_trace(root)) >= lines or cluster.states(job) & {"FAILED", "COMPLETED"}, "steps", 300)
+        wait(lambda: len(read_trace(root)) >= lines or cluster.states(job) & {"FAILED", "COMPLETED"}, "steps")
 
     def restarted(times: int) -> None:
-        wait(lambda: cluster.job(job)["Restarts"] == str(times), f"restart {times}", 60)
-        wait(lambda: not cluster.call("squeue", "--noheader", "--jobs", job, "--states=RUNNING"), "the end", 60)
+        wait(lambda: cluster.job(job)["Restarts"] == str(times), f"restart {times}")
+        wait(lambda: not cluster.call("squeue", "--noheader", "--jobs", job, "--states=RUNNING"), "the end")
         seen.append(len(read_trace(root)))
 
     traced(9)
@@ -159,7 +159,7 @@ def test_an_array_shares_a_comparison(cluster: Cluster, folder: Path, manifest: 
     words = ["--gpus-per-node=0", str(ROOT / "slurm" / "evaluate.sbatch"), "--config", str(folder / "compare.yaml")]
     array = cluster.submit(folder, "--array=1-2", *words)
     report = cluster.submit(folder, f"--dependency=afterok:{array}", *words)
-    wait(lambda: cluster.job(f"{array}_2")["JobState"] == "RUNNING", "a task to run", 60)
+    wait(lambda: cluster.job(f"{array}_2")["JobState"] == "RUNNING", "a task to run")
     cluster.call("scontrol", "requeue", f"{array}_2")
     assert cluster.finish(array) == {"COMPLETED"}, logs(folder)
     assert cluster.job(f"{array}_2")["Restarts"] == "1"

@@ -46,7 +46,6 @@ def submit(folder: Path, *arguments: str, script: str = "fit", **variables: str)
         env=job,
         capture_output=True,
         text=True,
-        timeout=60,
     )
 
 

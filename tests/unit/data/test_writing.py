@@ -180,7 +180,7 @@ def test_of_two_builders_the_second_waits_and_uses_what_the_first_wrote(
     def slow(builder: PictureBuilder, task: shard_writing.ShardTask, *rest: Any) -> dict[str, Any]:
         written.append(task.file)
         inside.set()
-        assert waiting.wait(timeout=30)
+        assert waiting.wait(timeout=300)
         return original(builder, task, *rest)
 
     def watched(file: Path, on_wait: Any) -> Any:
@@ -190,7 +190,7 @@ def test_of_two_builders_the_second_waits_and_uses_what_the_first_wrote(
     monkeypatch.setattr(writing, "build_lock", watched)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(write_source, tmp_path / "a", PictureBuilder("a", 5), 2, False)
-        assert inside.wait(timeout=30)
+        assert inside.wait(timeout=300)
         second = pool.submit(write_source, tmp_path / "a", PictureBuilder("a", 5), 2, False)
         assert first.result() == second.result() == verify_source(tmp_path / "a")
     assert sorted(written) == ["a-00000.tar", "a-00001.tar", "a-00002.tar"]

@@ -237,7 +237,8 @@ def test_two_processes_share_the_work_of_one(tmp_path: Path, manifest: Path, ben
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.replace("LONGEST", str(LONGEST)))
     words = [sys.executable, str(script), str(manifest), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     right = sum(answer.correct for answer in benchmark) / len(benchmark)

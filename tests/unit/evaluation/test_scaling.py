@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import socket
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +22,7 @@ from pgp_lightning.evaluation.scaling import Assumptions, Cluster, Workload, lar
 from pgp_lightning.objective import divergence_loss, objective, reconstruction_loss
 from pgp_lightning.training.global_batch import micro_batches
 from pgp_lightning.vlm.memory import fit_memory, geometry, parameters
+from tests.ranks import on_two_ranks
 from tests.tiny import ANSWERS, GRIDS, QUESTIONS, tiny_request
 from tests.unit.guides.made import make
 
@@ -104,9 +103,8 @@ def test_trained_parameters_of_the_papers_guide(paper: Workload):
     assert paper.trained == 4 * 20_813_056  # counted of a built guide by benchmarks/two_pass_step.py
 
 
-def send(rank: int, base: str, port: int, queue: Any) -> None:
+def send(rank: int, base: str) -> tuple[int, int, float]:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     guide = make(base, gradient_checkpointing=True)
     model = DistributedDataParallel(Step(guide))
     given: list[int] = []
@@ -130,8 +128,7 @@ def send(rank: int, base: str, port: int, queue: Any) -> None:
         written.append(_written() - before)
         total = sum(given)
         given.clear()
-    queue.put((total, written[-1], Workload(guide.vlm.model.config, rank=4).wire("ddp", 2, 3)))
-    torch.distributed.destroy_process_group()
+    return total, written[-1], Workload(guide.vlm.model.config, rank=4).wire("ddp", 2, 3)
 
 
 def _written() -> int:
@@ -142,21 +139,9 @@ def _written() -> int:
 
 @pytest.mark.full
 @pytest.mark.distributed
-@pytest.mark.timeout(120)
 @pytest.mark.skipif(not Path("/proc/self/io").is_file(), reason="needs Linux's count of bytes written")
 def test_bytes_of_ddp_are_those_that_two_processes_send(tiny_base: str):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    ranks = [context.Process(target=send, args=(rank, tiny_base, port, queue)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    results = [queue.get(timeout=60) for _ in ranks]
-    for process in ranks:
-        process.join()
-    for reduced, written, predicted in results:
+    for reduced, written, predicted in on_two_ranks(send, tiny_base):
         assert reduced == predicted  # 2 (n - 1) / n is 1 for two
         # Headers of messages come on top.
         assert predicted <= written < 1.05 * predicted + 4096

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import socket
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
 from pgp_lightning.training.means import Means
+from tests.ranks import on_two_ranks
 
 
 def test_a_mean_weighs_every_value_alike_and_starts_afresh():
@@ -25,8 +21,7 @@ def test_a_mean_weighs_every_value_alike_and_starts_afresh():
     assert means.compute() == {"kl/b": 7.0}
 
 
-def gather(rank: int, port: int, queue: Any) -> None:
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def gather(rank: int) -> tuple[dict[str, float], dict[str, float], int]:
     exchanges, real = [], torch.distributed.all_gather
     torch.distributed.all_gather = lambda *given, **named: exchanges.append(1) or real(*given, **named)
     means = Means([f"tag{n}" for n in range(30)])
@@ -34,29 +29,16 @@ def gather(rank: int, port: int, queue: Any) -> None:
         means.update(f"tag{n}", torch.arange(n + 1.0) + 100 * rank)
     found = means.compute()
     empty = Means(["a"]).compute()
-    queue.put((rank, found, empty, len(exchanges)))
-    torch.distributed.destroy_process_group()
+    return found, empty, len(exchanges)
 
 
-@pytest.mark.timeout(120)
-def test_all_tags_of_all_ranks_in_one_exchange(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    ranks = [context.Process(target=gather, args=(rank, port, queue)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    results = [queue.get(timeout=100) for _ in ranks]
-    for process in ranks:
-        process.join()
+def test_all_tags_of_all_ranks_in_one_exchange() -> None:
     expected = {}
     for n in range(30):
         values = [value + 100 * rank for rank in range(2) if n % 3 == rank for value in range(n + 1)]
         if values:
             expected[f"tag{n}"] = sum(values) / len(values)
-    for _, found, empty, exchanges in results:
+    for found, empty, exchanges in on_two_ranks(gather):
         assert found == pytest.approx(expected, rel=1e-12) and empty == {}
         assert exchanges <= 4, exchanges  # shapes and values, for either object
 
