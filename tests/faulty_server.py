@@ -7,7 +7,7 @@ import random
 import re
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,6 +24,7 @@ FAULTS = (
     "wrong",  # one byte is another
     "trickle",  # one byte at a time
 )
+ENDLESS = 64 << 20  # bytes: who takes so many has no limit, and the disk has one
 RARE = ("endless", "404", "403", "301")  # only where a plan names them: these do not pass
 
 
@@ -64,8 +65,9 @@ class Plan:
 class FaultyServer:
     """Serves a folder by a plan, for the time of a `with` block.
 
-    `log` has (path, fault) of every GET in order, `sent` the bytes of bodies that left per path,
-    `authorised` the Authorization headers that came. While `gate` is cleared, GETs wait.
+    `log` has (path, fault) of every GET in order, `sent` the bytes of bodies that left per path, `busy` how many GETs
+    are being answered, `authorised` the Authorization headers that came. While `gate` is cleared, GETs wait; `look` is
+    called before every piece of a body.
     """
 
     retry_after = "0"
@@ -74,6 +76,8 @@ class FaultyServer:
         self.folder, self.plan = folder, plan or Plan()
         self.log: list[tuple[str, str]] = []
         self.sent: Counter[str] = Counter()
+        self.busy = 0
+        self.look: Callable[[], None] = lambda: None
         self.authorised: list[str | None] = []
         self.closing, self.gate = threading.Event(), threading.Event()
         self.gate.set()
@@ -122,6 +126,15 @@ class _Handler(SimpleHTTPRequestHandler):
             self._head(200, len(content), {"Accept-Ranges": "bytes"})
 
     def do_GET(self) -> None:
+        with self.owner.guard:
+            self.owner.busy += 1
+        try:
+            self._get()
+        finally:
+            with self.owner.guard:
+                self.owner.busy -= 1
+
+    def _get(self) -> None:
         self.close_connection = True
         path = self.path.partition("?")[0]
         self.owner.authorised.append(self.headers.get("Authorization"))
@@ -170,7 +183,7 @@ class _Handler(SimpleHTTPRequestHandler):
                     break
         elif fault == "endless":
             self._head(200, None)
-            while not self.owner.closing.is_set() and self._send(path, bytes(1 << 16)):
+            while self.owner.sent[path] < ENDLESS and self._send(path, bytes(1 << 16)):
                 pass
         else:
             raise AssertionError(f"unknown fault {fault!r}")
@@ -195,6 +208,7 @@ class _Handler(SimpleHTTPRequestHandler):
         buffer = io.BytesIO(data)
         try:
             while piece := buffer.read(1 << 14):
+                self.owner.look()
                 self.wfile.write(piece)
                 with self.owner.guard:
                     self.owner.sent[path] += len(piece)

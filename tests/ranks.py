@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import timedelta
-from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -18,7 +17,10 @@ __all__ = ["on_two_ranks"]
 def on_two_ranks(target: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Return what `target(rank, *arguments)` returns on either rank; raise what it raises, or that its process died."""
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        return list(pool.map(partial(_in_group, folder, target, arguments), range(2)))
+        ranks = [pool.submit(_in_group, folder, target, arguments, rank) for rank in range(2)]
+        for done in as_completed(ranks):  # the first to fail is the reason why the other does
+            done.result()
+        return [rank.result() for rank in ranks]
 
 
 def _in_group(folder: str, target: Callable[..., Any], arguments: tuple[Any, ...], rank: int) -> Any:

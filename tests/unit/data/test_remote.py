@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,7 @@ from pgp_lightning.data.remote import ShardCache
 from pgp_lightning.data.shards import ShardReader
 from pgp_lightning.data.writing import write_source
 from pgp_lightning.errors import ConfigError, DataError
-from tests.faulty_server import FAULTS, FaultyServer, Plan
+from tests.faulty_server import ENDLESS, FAULTS, FaultyServer, Plan
 
 
 def put(folder: Path, name: str, content: bytes) -> tuple[str, int, str]:
@@ -36,9 +36,12 @@ def put(folder: Path, name: str, content: bytes) -> tuple[str, int, str]:
     return f"/{name}", len(content), hashlib.sha256(content).hexdigest()
 
 
+SHORT = 0.5  # a timeout for what comes never; on a loaded machine, what comes may be slower
+
+
 def cache_at(folder: Path, **settings: Any) -> ShardCache:
-    """Return a cache that is quick to try again and to give up."""
-    return ShardCache(folder, **{"backoff": 0.001, "timeout": 0.5, "slowest": 1000, **settings})
+    """Return a cache that is quick to try again."""
+    return ShardCache(folder, **{"backoff": 0.001, "slowest": 1000, **settings})
 
 
 def kept(cache: ShardCache) -> list[Path]:
@@ -98,7 +101,8 @@ def test_an_epoch_from_a_faulty_server_is_the_epoch_from_the_disk(tmp_path: Path
             StreamSource(folder.name, Index.load(folder).shards) for folder in sorted((tmp_path / "served").iterdir())
         )
         largest = max(shard.bytes for source in local for shard in source.shards)
-        cache = cache_at(tmp_path / "cache", retries=8, limit_bytes=1 << 30 if roomy else 3 * largest)
+        limit = 1 << 30 if roomy else 3 * largest
+        cache = cache_at(tmp_path / "cache", retries=8, timeout=SHORT, limit_bytes=limit)
         fetched = []
         for source in local:
             url = f"{server.url}/{source.name}"
@@ -108,12 +112,10 @@ def test_an_epoch_from_a_faulty_server_is_the_epoch_from_the_disk(tmp_path: Path
         keys = epoch_keys(tuple(fetched), cache)
     assert keys == epoch_keys(local, None) and len(set(keys)) == len(keys) == 56  # of 59; 7 rounds of lanes x batch
     assert {fault for _, fault in server.log} == {*FAULTS, ""}
-    shards = [shard for source in local for shard in source.shards]
-    served = [sum(path.endswith(f"/{s.path.name}") and not fault for path, fault in server.log) for s in shards]
-    if roomy:
-        assert served == [1] * 6 and len(kept(cache)) == 6
+    if roomy:  # nothing is fetched twice: there is no server any more
+        assert len(kept(cache)) == 6 and epoch_keys(tuple(fetched), cache) == keys
     else:
-        assert min(served) >= 1 and sum(path.stat().st_size for path in kept(cache)) <= cache.limit_bytes < 4 * largest
+        assert sum(path.stat().st_size for path in kept(cache)) <= cache.limit_bytes < 4 * largest
 
 
 @pytest.mark.parametrize(
@@ -134,7 +136,8 @@ def test_a_shard_that_never_comes_fails_with_its_url_and_the_tries(tmp_path: Pat
     (served := tmp_path / "served").mkdir()
     path, size, sha256 = put(served, "a.tar", bytes(range(200)) * 3)
     with FaultyServer(served, Plan(always={path: fault})) as server:
-        cache = cache_at(tmp_path / "cache", retries=2)
+        never = {"timeout": SHORT} if fault in ("stall", "trickle") else {}
+        cache = cache_at(tmp_path / "cache", retries=2, **never)
         with pytest.raises(DataError) as caught:
             cache.fetch(server.url + path, size, sha256)
         assert f"{server.url}/a.tar could not be fetched in 3 tries" in str(caught.value)
@@ -154,27 +157,21 @@ def test_what_will_not_change_is_not_tried_again(tmp_path: Path, fault: str, rea
 def test_an_endless_body_is_cut_off_and_leaves_the_disk_alone(tmp_path: Path) -> None:
     (served := tmp_path / "served").mkdir()
     path, size, sha256 = put(served, "a.tar", bytes(10_000))
-    largest = 0
+    sizes: list[int] = []
     with FaultyServer(served, Plan(always={path: "endless"})) as server:
-        cache = cache_at(tmp_path / "cache", retries=0)
-        watching = threading.Event()
+        cache = cache_at(tmp_path / "cache", retries=1)
 
-        def watch() -> None:
-            nonlocal largest
-            while not watching.wait(0.001):
-                largest = max([largest, *(part.stat().st_size for part in cache.folder.glob("*.part"))])
+        def look() -> None:
+            with suppress(FileNotFoundError):  # given up meanwhile
+                sizes.extend(part.stat().st_size for part in cache.folder.glob("*.part"))
 
-        thread = threading.Thread(target=watch)
-        thread.start()
-        with pytest.raises(DataError, match="sends more than 10000 bytes"):
+        server.look = look
+        with pytest.raises(DataError, match=r"in 2 tries, .* sends more than 10000 bytes"):
             cache.fetch(server.url + path, size, sha256)
-        watching.set()
-        thread.join()
-        time.sleep(0.2)
-        sent = server.sent[path]
-        time.sleep(0.2)
-        assert server.sent[path] == sent < 64 << 20  # nobody listens any more; what left is in buffers
-    assert largest <= 10_000
+        wait_for(lambda: not server.busy)  # it sends no more, for nobody listens
+        assert server.sent[path] < ENDLESS  # what left is in buffers
+    # The second try began with what the first had left, so a look at its end is among these for certain.
+    assert server.gets(path) == 2 and set(sizes) == {10_000}
 
 
 def test_waits_double_within_their_jitter_and_follow_the_seed() -> None:
@@ -199,13 +196,13 @@ def test_processes_that_want_a_shard_at_once_fetch_it_once(tmp_path: Path) -> No
     shard = put(served, "a.tar", os.urandom(200_000))
     with FaultyServer(served) as server:
         arguments = (server.url + shard[0], *shard[1:])
-        cache = cache_at(tmp_path / "cache", timeout=60.0)
+        cache = cache_at(tmp_path / "cache")
         server.gate.clear()
         with elsewhere(cache.fetch, *arguments) as process:
             wait_for(lambda: server.gets("/a.tar") == 1)
             threading.Timer(0.3, server.gate.set).start()  # time enough for a second request, were there one
             assert cache.fetch(*arguments).read_bytes() == (served / "a.tar").read_bytes()
-            process.join(60)
+            process.join()
             assert process.exitcode == 0 and server.log == [("/a.tar", "")]
 
 
@@ -214,13 +211,15 @@ def test_a_killed_process_leaves_nothing_that_harms(tmp_path: Path) -> None:
     path, size, sha256 = put(served, "a.tar", os.urandom(50_000))
     other, other_size, other_sha = put(served, "b.tar", os.urandom(50_000))
     with FaultyServer(served, Plan(always={path: "stall"})) as server:
-        slow = cache_at(tmp_path / "cache", timeout=60.0, limit_bytes=99_999)
+        slow = cache_at(tmp_path / "cache", limit_bytes=99_999)
         with elsewhere(slow.fetch, server.url + path, size, sha256) as process:
             wait_for(lambda: server.sent[path] >= size // 2)
             part = next(slow.folder.glob("*.part"))
             assert part.stat().st_size == size  # its room is taken from the start
             with pytest.raises(DataError, match="finds no room"):
-                cache_at(slow.folder, limit_bytes=99_999).fetch(server.url + other, other_size, other_sha)
+                cache_at(slow.folder, timeout=SHORT, limit_bytes=99_999).fetch(
+                    server.url + other, other_size, other_sha
+                )
             os.kill(process.pid or 0, signal.SIGKILL)
             process.join()
         cache_at(slow.folder, limit_bytes=99_999).fetch(server.url + other, other_size, other_sha)
@@ -260,7 +259,7 @@ def test_the_least_recently_used_goes_first_but_never_what_is_in_use(
             cache.hold(*c),
             pytest.raises(DataError, match="3000 of 3000 bytes are in"),
         ):
-            cache.fetch(*d)
+            cache_at(cache.folder, timeout=SHORT, limit_bytes=3000).fetch(*d)
         assert sum(path.stat().st_size for path in kept(cache)) == 3000
         with pytest.raises(ConfigError, match="raise the limit"):
             cache.fetch(a[0], 3001, a[2])
@@ -335,17 +334,17 @@ def test_a_command_runs_only_if_the_caller_says_so(tmp_path: Path) -> None:
     ("command", "reason"),
     [
         ("echo s3cret; exit 3 # a.tar", "the command ended with status 3"),
-        ("sleep 60; echo s3cret a.tar", "only 0 bytes came in 0.5 s"),
-        ("exec >&-; sleep 60; echo s3cret a.tar", "still running 0.5 s after its last byte"),
+        ("sleep 600; echo s3cret a.tar", "only 0 bytes came in 0.5 s"),
+        ("exec >&-; sleep 600; echo s3cret a.tar", "still running 0.5 s after its last byte"),
         ("yes s3cret a.tar", "sends more than 100 bytes"),
     ],
 )
 def test_a_command_that_fails_is_told_without_its_arguments(tmp_path: Path, command: str, reason: str) -> None:
-    start = time.monotonic()
+    start, never = time.monotonic(), {"timeout": SHORT} if "sleep" in command else {}
     with pytest.raises(DataError, match=reason) as caught:
-        cache_at(tmp_path / "cache", allow_pipe=True, retries=1).fetch(f"pipe:{command}", 100, "0" * 64)
+        cache_at(tmp_path / "cache", allow_pipe=True, retries=1, **never).fetch(f"pipe:{command}", 100, "0" * 64)
     assert "a.tar could not be fetched in 2 tries" in str(caught.value) and "s3cret" not in str(caught.value)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 300  # what it started is not waited for
 
 
 def test_a_file_url_is_read_through_fsspec(tmp_path: Path) -> None:
