@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,29 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from pgp_lightning.data.collate import Batch
 from pgp_lightning.objective import divergence_loss
 
-__all__ = ["Slow", "Trace", "read_trace"]
+__all__ = ["Slow", "Trace", "hold", "read_trace", "release"]
+
+_HOLD = "hold"
+
+
+def hold(root: Path, batch: int) -> None:
+    """Let a run that is traced wait before this micro-batch, so that it has not ended before it can be disturbed."""
+    root.mkdir(parents=True, exist_ok=True)
+    (root / _HOLD).write_text(str(batch))
+
+
+def release(root: Path) -> None:
+    """Let a run go on that was held."""
+    (root / _HOLD).unlink()
 
 
 class Trace(Callback):
-    """Appends a line for every micro-batch to `trace-<rank>.jsonl`: which samples, which loss."""
+    """Appends a line for every micro-batch to `trace-<rank>.jsonl`: its samples and loss; waits where it is held."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        with suppress(FileNotFoundError):
+            while batch_idx >= int((Path(trainer.default_root_dir) / _HOLD).read_text()):
+                time.sleep(0.01)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int

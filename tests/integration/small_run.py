@@ -79,7 +79,15 @@ def wait_for_trace(process: subprocess.Popen[Any], root: Path, lines: int, rank:
         time.sleep(0.005)
 
 
+def lives(process: int) -> bool:
+    """Say whether a process of the program is there and no zombie."""
+    try:
+        return b"pgp_lightning" in Path(f"/proc/{process}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def second_process(first: int) -> int:
     """Return the process that the first one started with the same program."""
     children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
-    return next(int(child) for child in children if b"pgp_lightning" in Path(f"/proc/{child}/cmdline").read_bytes())
+    return next(child for child in map(int, children) if lives(child))

@@ -93,6 +93,8 @@ def main(job: Mapping[str, Any]) -> None:
     first = loader.state_dict()["global_batches"]
     with (log / f"{rank}.jsonl").open("a") as file:
         for number, batch in enumerate(loader, start=first // ranks):
+            while number - first // ranks >= job["most"]:
+                time.sleep(1)
             file.write(json.dumps(line_of(batch, number * ranks + rank)) + "\n")
             file.flush()
             time.sleep(random.random() * job["pause"])

@@ -23,9 +23,10 @@ from pgp_lightning.guides.posterior import PosteriorGuide
 from pgp_lightning.tools import main as pgp
 from pgp_lightning.training.command_line import RunCLI
 from tests.integration.small_run import ROOT, fit_command, small_config, wait_for_trace, write_config, write_manifest
-from tests.trace import read_trace
+from tests.trace import hold, read_trace, release
 
 STEPS = 8
+KILL_SEED = 0
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +117,13 @@ def test_the_checkpoint_is_small_and_plain(whole: Path):
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(config: Path, whole: Path, tmp_path: Path):
-    root, stop = tmp_path / "run", random.SystemRandom().randrange(5, 2 * STEPS - 2)
+    root, stop = tmp_path / "run", random.Random(KILL_SEED).randrange(5, 2 * STEPS - 2)
+    print(f"killed when {stop} micro-batches are traced (KILL_SEED {KILL_SEED})")
+    hold(root, stop + 1)  # one more than is waited for, in the midst of which it may be killed
     process = subprocess.Popen(fit_command(config, root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     wait_for_trace(process, root, stop)
     process.kill()  # SIGKILL: nothing can be tidied up
+    release(root)
     out, error = process.communicate()
     assert process.returncode == -9, f"it ended before it was killed at {stop}: {out!r} {error!r}"
     first = len(read_trace(root))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -23,7 +24,7 @@ from tests.integration.small_run import (
     write_config,
     write_manifest,
 )
-from tests.trace import read_trace
+from tests.trace import hold, read_trace, release
 
 STEPS = 12
 
@@ -52,9 +53,11 @@ def test_a_warned_process_stops_all_of_them_and_the_run_goes_on_bit_for_bit(tmp_
     config = write_config(tmp_path, given)
     whole, root = tmp_path / "whole", tmp_path / "run"
     finish(start(config, whole, tmp_path))
+    hold(root, 7)
     process = start(config, root, tmp_path, SLURM_JOB_ID="17")
     wait_for_trace(process, root, 5, rank=1)  # the middle of the third step
     os.kill(second_process(process.pid), signal.SIGUSR1)
+    release(root)
     output = finish(process)
     done = [len(read_trace(root, rank)) for rank in range(2)]
     assert done[0] == done[1] < 2 * STEPS and done[0] % 2 == 0, done

@@ -23,6 +23,7 @@ OPTIONS = {"seed": 5, "lanes": 8, "batch_size": 4, "window": 50, "mixing": "even
 def job_of(built: Built, folder: Path, until: int, ranks: int = 1, workers: int = 2, **settings: Any) -> dict[str, Any]:
     """Return a job over the mixture."""
     job = {"manifest": str(built.manifest), "options": OPTIONS, "until": until, "ranks": ranks, "workers": workers}
+    job["most"] = until  # batches that a process takes before it waits to be killed
     return {**job, "log": str(folder / "log"), "state": str(folder / "state.json"), "pause": 0.0, **settings}
 
 
@@ -125,8 +126,8 @@ def test_a_stream_killed_at_random_moments(mixture: Built, tmp_path: Path, kills
     begins = []
     for _ in range(kills):
         begins.append(len(read_log(log)))
-        process = start(job)
-        goal = begins[-1] + rng.randrange(1, 8)
+        more = rng.randrange(1, 8)
+        process, goal = start({**job, "most": more + 3}), begins[-1] + more
         while len(read_log(log)) < goal and process.poll() is None:
             time.sleep(0.002)
         time.sleep(rng.random() * 0.05)

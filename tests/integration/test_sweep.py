@@ -17,6 +17,7 @@ import yaml
 from pgp_lightning.tools import main
 from tests.integration.failing import fails
 from tests.integration.small_run import small_config, write_config, write_manifest
+from tests.trace import hold, release
 
 ROOT = Path(__file__).parents[2]
 CONTROL = "pgp_lightning.pruners.guided.Guided"
@@ -26,7 +27,6 @@ def write_sweep(folder: Path, **rows: Any) -> Path:
     """Write a sweep over the small run; `faster` doubles the learning rate, `broken` cannot work."""
     manifest = write_manifest(folder, folder / "data")
     config = small_config(manifest, steps=4, save_every=2)
-    config["trainer"]["callbacks"] = [c for c in config["trainer"]["callbacks"] if "Trace" not in c["class_path"]]
     config["trainer"]["val_check_interval"] = 4  # micro-batches: twice in a run
     base = write_config(folder, config)
     sweep = folder / "sweep"
@@ -81,6 +81,8 @@ def command(*words: object) -> list[str]:
 
 def kill_while_training(sweep: Path) -> None:
     """Begin a sweep and kill it, and what it has started, when its first run has saved for the first time."""
+    root = sweep.parent / "out" / "default" / "seed0"
+    hold(root, 6)  # after its first checkpoint, before its last
     process = subprocess.Popen(
         command(sweep, "--rows", "default", "--seeds", "0"),
         cwd=ROOT,
@@ -88,13 +90,13 @@ def kill_while_training(sweep: Path) -> None:
         stderr=subprocess.STDOUT,
         process_group=0,
     )
-    log, deadline = sweep.parent / "out" / "default" / "seed0" / "fit.log", time.monotonic() + 200
-    while not list(log.parent.glob("checkpoints/last.ckpt")) and time.monotonic() < deadline:
+    while not (root / "checkpoints" / "last.ckpt").exists():
         assert process.poll() is None, process.communicate()[0].decode()
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert not (log.parent / "guide").exists()
+    release(root)
+    assert not (root / "guide").exists()
 
 
 @pytest.fixture(scope="module", params=["few", pytest.param("killed", marks=pytest.mark.full)])

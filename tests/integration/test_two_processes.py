@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from pgp_lightning.tools import main as pgp
 from tests.integration.small_run import (
     ROOT,
     fit_command,
+    lives,
     second_process,
     small_config,
     wait_for_trace,
     write_config,
     write_manifest,
 )
-from tests.trace import read_trace
+from tests.trace import hold, read_trace, release
 
 STEPS = 20
 pytestmark = pytest.mark.full  # by default test_fit.py alone trains on two processes
@@ -96,13 +98,15 @@ def test_the_curves_say_which_process_is_slow(config: Path, tmp_path: Path) -> N
 def test_when_one_process_is_killed_the_others_end_and_the_run_goes_on(config: Path, tmp_path: Path, rank: int) -> None:
     root = tmp_path / "run"
     often = ["--trainer.devices=2"]
+    hold(root, 7)
     process = start(config, root, *often)
     wait_for_trace(process, root, 5, rank=1)
     second = second_process(process.pid)
     os.kill((process.pid, second)[rank], signal.SIGKILL)
-    output, _ = process.communicate(timeout=120)
+    release(root)
+    output, _ = process.communicate()
     assert process.returncode != 0
-    while Path(f"/proc/{second}").exists() and b"pgp_lightning" in Path(f"/proc/{second}/cmdline").read_bytes():
+    while lives(second):
         time.sleep(0.1)  # until the timeout of this test: none may live on
     assert "another process of this run has ended" in output and "Go on with --ckpt_path last" in output, output[-3000:]
     if rank == 1:
@@ -113,16 +117,18 @@ def test_when_one_process_is_killed_the_others_end_and_the_run_goes_on(config: P
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_run_that_is_told_to_end_does_so_at_once(config: Path, tmp_path: Path, devices: int) -> None:
     root = tmp_path / "run"
+    hold(root, 7)  # and never released: it ends in the midst of a step, or not at all
     process = start(config, root, f"--trainer.devices={devices}", "--data.init_args.workers=1")
     wait_for_trace(process, root, 5, rank=devices - 1)
     processes = ([second_process(process.pid)] if devices == 2 else []) + [process.pid]
-    for number in processes:
-        os.kill(number, signal.SIGTERM)
-        time.sleep(0.01)  # as SLURM does, not all of them in the same moment
     try:
-        output, _ = process.communicate(timeout=60)  # its workers hold the pipe too, so they have ended as well
-    except subprocess.TimeoutExpired:
         for number in processes:
-            os.kill(number, signal.SIGKILL)
-        raise
+            os.kill(number, signal.SIGTERM)
+            time.sleep(0.01)  # as SLURM does, not all of them in the same moment
+        output, _ = process.communicate()  # its workers hold the pipe too, so they have ended as well
+    finally:
+        if process.poll() is None:
+            for number in processes:
+                with suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
     assert process.returncode == -signal.SIGTERM and "Received SIGTERM" not in output, output[-3000:]
