@@ -10,7 +10,7 @@ import torch
 from pgp_lightning.data.collate import Batch
 from pgp_lightning.guides.posterior import PosteriorGuide
 from pgp_lightning.training.pgp import PGP
-from tests.tiny import QUESTIONS, tiny_batch, tiny_request
+from tests.tiny import QUESTIONS, row_of, tiny_batch, tiny_request
 
 
 def make(base: str, guide: dict[str, Any] | None = None, **options: Any) -> PGP:
@@ -35,3 +35,9 @@ def four(**changes: Any) -> Batch:
     """Return four turns about three images; rows 0 and 3 are turns 0 and 1 of one record."""
     keys = {"indices": (10, 11, 12, 10), "turns": (0, 0, 0, 1), "sources": ("a", "b", "a", "a")}
     return tiny_batch(tiny_request(QUESTIONS, images=(0, 1, 2, 0)), **{**keys, **changes})
+
+
+def cut(batch: Batch, row: int) -> Batch:
+    """Return one row of a batch as a batch of its own."""
+    answers, sources = (batch.answers[row],), (batch.sources[row],)
+    return tiny_batch(row_of(batch.request, row), answers, sources, (batch.indices[row],), (batch.turns[row],))

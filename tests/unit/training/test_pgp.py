@@ -13,14 +13,8 @@ from torch import Tensor
 from pgp_lightning.data.collate import Batch
 from pgp_lightning.errors import ConfigError, DataError
 from pgp_lightning.training.pgp import PGP
-from tests.tiny import QUESTIONS, WIDTH, row_of, tiny_batch
-from tests.unit.training.made import four, make
-
-
-def cut(batch: Batch, row: int) -> Batch:
-    """Return one row of a batch as a batch of its own."""
-    answers, sources = (batch.answers[row],), (batch.sources[row],)
-    return tiny_batch(row_of(batch.request, row), answers, sources, (batch.indices[row],), (batch.turns[row],))
+from tests.tiny import QUESTIONS, WIDTH, row_of
+from tests.unit.training.made import cut, four, make
 
 
 def by_hand(module: PGP, batch: Batch) -> tuple[Tensor, Tensor, list[int]]:

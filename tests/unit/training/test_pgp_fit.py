@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from pgp_lightning.data.collate import Batch
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.guides.posterior import PosteriorGuide
 from pgp_lightning.training.callbacks import BetaAnnealing
 from pgp_lightning.training.pgp import PGP
-from tests.tiny import ANSWERS, GRIDS, QUESTIONS, save_tiny, tiny_batch, tiny_request
-from tests.unit.training.made import four, make
+from tests.tiny import save_tiny, tiny_request
+from tests.unit.training.made import cut, four, make
 
 # Optimiser
 
@@ -60,13 +61,17 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine(tiny_base: str, 
 # Under a real trainer, and checkpoints
 
 
-def fit(module: PGP, folder: Path, steps: int = 2, **options: Any) -> pl.Trainer:
+BATCHES = [four(indices=(10 * i, 10 * i + 1, 10 * i + 2, 10 * i)) for i in range(1, 9)]
+
+
+def fit(
+    module: PGP, folder: Path, steps: int = 2, batches: list[Batch] = BATCHES, *callbacks: pl.Callback, **options: Any
+) -> pl.Trainer:
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=steps, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, default_root_dir=folder, callbacks=[BetaAnnealing()], num_sanity_val_steps=0,
-        **options,
+        enable_checkpointing=False, default_root_dir=folder, num_sanity_val_steps=0,
+        callbacks=[BetaAnnealing(), *callbacks], **options,
     )  # fmt: skip
-    batches = [four(indices=(10 * i, 10 * i + 1, 10 * i + 2, 10 * i)) for i in range(1, 9)]
     loader: Any = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
     torch.manual_seed(5)
     trainer.fit(module, loader)
@@ -109,21 +114,25 @@ def test_a_fit_learns_and_its_checkpoint_holds_trained_weights_only(tiny_base: s
             other.load_state_dict(checkpoint["state_dict"])
 
 
+class Gradients(pl.Callback):
+    """Keeps the gradients that the optimiser gets, of everything that is trained."""
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+        assert [name for name, p in trained.items() if p.grad is None or not p.grad.any()] == []
+        self.found = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
+
+
 def test_gradient_accumulation_equals_the_larger_batch_under_sample_averages(tiny_base: str, tmp_path: Path):
-    # Equal weights of samples: two micro-batches of two give the gradient of one of four.
-    module = make(tiny_base, average="sample")
-    batch = four()
-    pieces = [
-        tiny_batch(
-            tiny_request(QUESTIONS[i : i + 1], (GRIDS[batch.request.images[i]],)), (ANSWERS[i],), ("a",),
-            (batch.indices[i],), (batch.turns[i],),
-        ) for i in range(4)
-    ]  # fmt: skip
-    module.training_step(batch, 0).backward()
-    whole = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
-    module.zero_grad()
-    for i, piece in enumerate(pieces):
-        (module.training_step(piece, i) / 4).backward()
-    for name, parameter in module.named_parameters():
-        if parameter.grad is not None:
-            torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-3, atol=1e-5)
+    # Equal weights of samples: an optimiser step of four micro-batches of one is that of one micro-batch of four.
+    batch, found = four(), []
+    for batches in ([batch], [cut(batch, row) for row in range(4)]):
+        module, gradients = make(tiny_base, {"lora_dropout": 0.0}, average="sample"), Gradients()
+        fit(module, tmp_path, 1, batches, gradients, accumulate_grad_batches=len(batches))
+        found.append(gradients.found)
+    whole, accumulated = found
+    assert whole.keys() == accumulated.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(accumulated[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
