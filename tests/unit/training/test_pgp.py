@@ -88,6 +88,16 @@ def test_figures_are_means_over_the_micro_batches_of_an_optimiser_step(tiny_base
     assert module.logged["train/loss"] == pytest.approx(third)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_the_reconstruction_alone_trains_all_but_the_priors_variance(tiny_base: str, share: float):
+    module = make(tiny_base, visual_token_share=share)
+    module.beta = 0.0
+    module.training_step(four(), 0).backward()
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    cut_off = {name for name, p in trained.items() if p.grad is None or not p.grad.any()}
+    assert cut_off == {"guide.bottleneck.prior_log_variance"}
+
+
 # Random numbers
 
 
