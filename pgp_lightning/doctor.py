@@ -25,6 +25,7 @@ from pgp_lightning.errors import ConfigError, DataError
 from pgp_lightning.finding import Finding, failed
 from pgp_lightning.training.command_line import TerseParser, quieten, reason_of
 from pgp_lightning.training.global_batch import GlobalBatch
+from pgp_lightning.training.options import refusals
 from pgp_lightning.training.pgp import PGP
 from pgp_lightning.training.run import checkpoints
 from pgp_lightning.vlm.conversion import converted_tensors
@@ -78,7 +79,7 @@ def examine(configs: list[Path], answer_model: str | None = None) -> list[Findin
         detail = "the configuration was refused, see above" if isinstance(error, SystemExit) else str(error)
         return [*findings, failed("config", detail)]
     checks: tuple[Callable[[_Case], Iterator[Finding]], ...] = (
-        _model, _config, _weights, _bases, _attention, _run_folder, _lanes, _data, _memory, _answer_model
+        _model, _config, _weights, _bases, _attention, _run_folder, _lanes, _training, _data, _memory, _answer_model
     )  # fmt: skip
     for check in checks:
         try:
@@ -284,6 +285,17 @@ def _lanes(case: _Case) -> Iterator[Finding]:
                 yield Finding("ok", "batch", callback.told(trainer, case.data.batch_size))
         batches = trainer.max_steps * trainer.accumulate_grad_batches * ranks
         yield from examine_mixture(case.data, ranks, batches if batches > 0 else None)
+
+
+def _training(case: _Case) -> Iterator[Finding]:
+    """Name the trainer's options that a fit would refuse; by now GlobalBatch has settled the accumulation."""
+    if (trainer := getattr(case.cli, "trainer", None)) is None:  # it could not be built, which has been said
+        return
+    if refused := list(refusals(trainer, case.cli.datamodule)):
+        yield from (failed("training", one) for one in refused)
+    else:
+        told = f"{trainer.max_steps:,} optimiser steps of {trainer.accumulate_grad_batches} micro-batches a process"
+        yield Finding("ok", "training", f"{told}, precision {trainer.precision}")
 
 
 def _data(case: _Case) -> Iterator[Finding]:

@@ -23,6 +23,7 @@ from pgp_lightning.evaluation.module import ImportanceShards, PrunedAnswers
 from pgp_lightning.evaluation.sweep import Sweep
 from pgp_lightning.training.callbacks import BetaAnnealing
 from pgp_lightning.training.command_line import RunCLI, TerseParser
+from pgp_lightning.training.options import refusals
 from pgp_lightning.training.pgp import PGP
 from pgp_lightning.training.run import differences
 
@@ -170,6 +171,7 @@ def test_every_row_of_the_ablation_differs_from_its_reference_in_what_it_names(
         cli = Built.run(sweep.command(sweep.runs([row])[0]))
         assert isinstance(cli.model, PGP) and cli.datamodule.base == cli.model.guide.arguments["base"]
         assert sum(isinstance(callback, BetaAnnealing) for callback in cli.trainer.callbacks) == 1
+        assert not list(refusals(cli.trainer, cli.datamodule))
         plain[row] = cli.plain
     changed = {row: differences(plain[sweep.reference_of(row)], plain[row]) for row in plain}
     changed |= {"half_length": differences(plain["default"], plain["half_length"])}

@@ -27,6 +27,7 @@ from pgp_lightning.training import (  # noqa: F401 (a config may name their clas
     health,
     images,
     intake,
+    options,
     preemption,
     step_checkpoint,
     throughput,
@@ -162,7 +163,10 @@ class RunCLI(LightningCLI):
         config = self.config[self._name]
         # The wish is taken out, so that the saved configuration begins a run when it is used again.
         wish, config.ckpt_path = config.ckpt_path, None
-        self.plain = json.loads(self.parser.dump(self.config, format="json"))[self._name]
+        try:
+            self.plain = json.loads(self.parser.dump(self.config, format="json"))[self._name]
+        except ValueError as error:  # e.g. of Lightning's Timer, some of whose defaults are no plain values
+            raise ConfigError(f"a value of the configuration cannot be written down: {terse(str(error))}") from error
         self.trainer_defaults = {"callbacks": [RunRecord(self.plain)]}
         fitting = self._name == "fit"
         if fitting and config.trainer.fast_dev_run:
@@ -263,12 +267,13 @@ class RunCLI(LightningCLI):
 
         Raises:
             ConfigError: if they cannot be dealt to the processes, or gradient accumulation and processes multiply to
-                something else than before.
+                something else than before, or an option of the trainer would be void or wrong.
         """
         given: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         for callback in given:
             if isinstance(callback, GlobalBatch):
                 callback.settle(self.trainer, self.datamodule)
+        options.check_fit(self.trainer, self.datamodule)
         if not any(isinstance(callback, Preemption) for callback in given):
             warning_signal.release()
         self._check_strategy()
@@ -280,7 +285,8 @@ class RunCLI(LightningCLI):
             )
 
     def before_validate(self) -> None:
-        """Refuse a checkpoint that the strategy cannot read."""
+        """Refuse a checkpoint that the strategy cannot read, and a precision that rounds what was trained."""
+        options.check_precision(self.trainer)
         self._check_strategy()
 
     before_test = before_predict = before_validate

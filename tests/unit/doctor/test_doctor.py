@@ -63,6 +63,15 @@ def test_settings_that_are_refused(case: Case, capsys: pytest.CaptureFixture[str
     assert examine([case.folder / "gone.yaml"])[-1].detail.startswith("there is no configuration")
 
 
+def test_options_that_a_fit_refuses(case: Case):
+    case.finds("ok", "training", "8 optimiser steps of 2 micro-batches a process, precision 32-true")
+    case.config["trainer"] |= {"precision": "bf16-true", "limit_train_batches": 3}
+    case.config["trainer"]["callbacks"].append({"class_path": "lightning.pytorch.callbacks.LearningRateFinder"})
+    findings = case.finds("fail", "training", "trainer.precision bf16-true", "use bf16-mixed")
+    for words in ("trainer.limit_train_batches 3", "the callback LearningRateFinder"):
+        assert any(one.state == "fail" and words in one.detail for one in findings), words
+
+
 def test_devices_that_are_not_there(case: Case):
     case.config["trainer"] |= {"accelerator": "cuda", "devices": 64}
     case.finds("fail", "config")
