@@ -284,6 +284,8 @@ def _lanes(case: _Case) -> Iterator[Finding]:
                 callback.settle(trainer, case.data)
                 yield Finding("ok", "batch", callback.told(trainer, case.data.batch_size))
         batches = trainer.max_steps * trainer.accumulate_grad_batches * ranks
+        if trainer.overfit_batches:
+            batches = min(batches, int(trainer.overfit_batches) * ranks)
         yield from examine_mixture(case.data, ranks, batches if batches > 0 else None)
 
 

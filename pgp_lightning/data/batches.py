@@ -160,7 +160,7 @@ class _Records:
 
 
 class TrainingBatches(BatchRange):
-    """This rank's share of the endless stream."""
+    """This rank's share of the endless stream, or of its first batches over and over."""
 
     def __init__(
         self,
@@ -171,10 +171,11 @@ class TrainingBatches(BatchRange):
         first: int,
         stop: int,
         cache: ShardCache | None = None,
+        repeat: int | None = None,
     ) -> None:
         super().__init__(first, stop)
         self.mixture, self.reader, self.cache = mixture, reader, cache
-        self.rank, self.ranks = rank, ranks
+        self.rank, self.ranks, self.repeat = rank, ranks, repeat
 
     def most_bytes(self) -> int:
         """Return the most bytes that the tiles of a batch can take."""
@@ -185,20 +186,25 @@ class TrainingBatches(BatchRange):
         mixture = self.mixture
         records = _Records(self.reader, mixture.lanes * len(mixture.sources), self.cache, self.empty)
         orders = [SourceOrder(source, mixture.seed, number) for number, source in enumerate(mixture.sources)]
-        plan, lanes = None, dict[int, Iterator[list[Place]]]()
+        plan, lanes, before = None, dict[int, Iterator[list[Place]]](), -1
 
         def slots(source: int, position: int) -> int:
             return records.slots(mixture.sources[source], *orders[source].locate(position))
 
         for number in self.mine():
             batch = number * self.ranks + self.rank
-            epoch, within = divmod(batch, mixture.batches_per_epoch)
+            shown = batch if self.repeat is None else batch % self.repeat
+            epoch, within = divmod(shown, mixture.batches_per_epoch)
             if plan is None or plan.epoch != epoch:
                 plan, lanes = EpochPlan(mixture, epoch), {}
+            elif shown <= before:
+                lanes = {}
+            before = shown
             place, lane = divmod(within, mixture.lanes)
             if lane not in lanes:
                 lanes[lane] = lane_batches(plan, lane, place, slots)
             rejected: Counter[str] = Counter()
+            # What is drawn for a sample goes by its place in the run: it is new each time a batch comes again.
             items = [
                 self._item(records, orders[source], candidates, index, rejected)
                 for index, (source, candidates) in enumerate(next(lanes[lane]), start=batch * mixture.batch_size)

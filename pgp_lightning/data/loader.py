@@ -119,6 +119,7 @@ class TrainingLoader:
         processed: micro-batches that training has finished with, for a state taken while one is in work.
         pin_memory: deliver batches in page-locked memory.
         cache: where shards are fetched to; not needed for those that are read in place.
+        repeat: deliver the stream's first micro-batches, so many of all ranks together, over and over.
 
     Raises:
         ConfigError: if the lanes cannot be dealt to ranks x workers.
@@ -135,11 +136,12 @@ class TrainingLoader:
         processed: Callable[[], int] | None = None,
         pin_memory: bool = False,
         cache: ShardCache | None = None,
+        repeat: int | None = None,
     ) -> None:
         check_topology(mixture.lanes, ranks, workers)
         self.mixture, self.reader, self.length = mixture, reader, length
         self.rank, self.ranks, self.workers = rank, ranks, workers
-        self._processed, self._pin_memory, self._cache = processed, pin_memory, cache
+        self._processed, self._pin_memory, self._cache, self._repeat = processed, pin_memory, cache, repeat
         self._position = 0
         self._tally = RejectTally(mixture.sources)
         self.waited = 0.0
@@ -150,7 +152,9 @@ class TrainingLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         stop = (self._position // self.length + 1) * self.length
-        dataset = TrainingBatches(self.mixture, self.reader, self.rank, self.ranks, self._position, stop, self._cache)
+        dataset = TrainingBatches(
+            self.mixture, self.reader, self.rank, self.ranks, self._position, stop, self._cache, self._repeat
+        )
         began = time.perf_counter()
         for batch in _deliver(dataset, self.workers, self._pin_memory, self._tally):
             self._position += 1
@@ -162,6 +166,7 @@ class TrainingLoader:
         """Return, as JSON values, all that must be the same for a run to go on with the same data."""
         own = {source.name: source.max_tiles for source in self.mixture.sources if source.max_tiles is not None}
         identity = {**self.mixture.identity(), "turns": self.reader.turns, "own_max_tiles": own}
+        identity["repeat"] = self._repeat
         if self.mixture.group_batches > 1:  # what the records' estimated sizes depend on
             rule = self.reader.rule()
             identity["tile_rule"] = [rule.tile_size, rule.tokens_per_side, rule.min_tiles, rule.thumbnail, rule.fit]

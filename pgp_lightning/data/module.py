@@ -26,7 +26,8 @@ class InstructionData(pl.LightningDataModule):
 
     Training data is one endless stream with a nominal length of `trainer.max_steps` optimizer steps, so Lightning sees
     a single epoch; a batch knows its data epoch. A checkpoint holds the position, and a resumed run goes on at the
-    exact record with any number of ranks x workers that divides the lanes.
+    exact record with any number of ranks x workers that divides the lanes. Under `trainer.overfit_batches` the stream
+    is its first micro-batches, so many on each rank, over and over; validation sees as many batches of its own.
 
     Args:
         manifest: a YAML file that says what the data is, e.g. data_manifests/embedded.yaml.
@@ -174,6 +175,10 @@ class InstructionData(pl.LightningDataModule):
         if self.mixture is None or self.reader is None:
             raise RuntimeError("setup has not run")
         progress = trainer.fit_loop.epoch_loop.batch_progress
+        overfit = int(trainer.overfit_batches)  # type: ignore[attr-defined]
+        if overfit:
+            # Lightning would make them an epoch each time, and the run's last checkpoint one that cannot be resumed.
+            trainer.limit_train_batches = 1.0
         return TrainingLoader(
             self.mixture,
             self.reader,
@@ -184,6 +189,7 @@ class InstructionData(pl.LightningDataModule):
             processed=lambda: progress.state_dict()["current"]["processed"],
             pin_memory=trainer.strategy.root_device.type == "cuda",
             cache=self.cache,
+            repeat=overfit * trainer.world_size or None,
         )
 
     def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:

@@ -103,6 +103,22 @@ def test_builds_trains_validates_and_resumes_at_the_exact_record(manifest: str, 
         trainer(tmp_path / "other", 12).fit(Recorder(), data(manifest, seed=4), ckpt_path=checkpoint)
 
 
+def test_overfits_the_same_batches_and_resumes(manifest: str, tmp_path: Path) -> None:
+    whole, given = Recorder(), trainer(tmp_path / "whole", 8, overfit_batches=3)
+    given.fit(whole, data(manifest))
+    plain = Recorder()
+    trainer(tmp_path / "plain", 2).fit(plain, data(manifest))
+    keys = [keys for keys, _, _ in plain.trained[:3]]
+    # Three do not divide by two micro-batches a step, and yet every step has two.
+    assert [keys for keys, _, _ in whole.trained] == (6 * keys)[:16] and given.global_step == 8
+    assert whole.weight.item() == pytest.approx(-0.1 * 8 * 2)
+    assert given.current_epoch == 1 and len(whole.validated) == 5  # three batches of the five that nine records make
+    rest = Recorder()
+    checkpoint = tmp_path / "whole" / "step=4.ckpt"
+    trainer(tmp_path / "rest", 8, overfit_batches=3).fit(rest, data(manifest), ckpt_path=checkpoint)
+    assert rest.trained == whole.trained[8:]
+
+
 def test_needs_a_number_of_steps_and_lanes_that_fit(manifest: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"trainer.max_steps must say how long training is, got -1"):
         trainer(tmp_path, -1, max_epochs=1).fit(Recorder(), data(manifest))

@@ -86,6 +86,24 @@ def test_state_is_what_was_consumed(sources: tuple[StreamSource, ...]) -> None:
     assert len(twice) == 20
 
 
+@pytest.mark.parametrize("repeat", [2, 6, 20])  # within a round of the lanes, beyond one, and beyond an epoch
+def test_the_first_batches_come_over_and_over(
+    sources: tuple[StreamSource, ...], monkeypatch: pytest.MonkeyPatch, repeat: int
+) -> None:
+    mixture = mixture_of(sources)
+    once, expected = stream(mixture, 1, 0), stream(mixture, 1, 0, repeat=repeat)
+    for number, (keys, indices, epoch, rejected, pixels) in expected.items():
+        assert (keys, epoch, rejected, pixels) == (once[number % repeat][0], *once[number % repeat][2:])
+        assert indices == once[number][1]  # whose noise is new each time
+    assert stream(mixture, 2, 0, repeat=repeat) == expected
+    for ranks, workers, first in ((1, 2, 0), (1, 4, 12), (2, 2, 4)):
+        found = simulated(mixture, ranks, workers, first, 40, monkeypatch, repeat=repeat)
+        assert found == {number: batch for number, batch in expected.items() if number >= first}
+    state = TrainingLoader(mixture, READER, 40, repeat=repeat).state_dict()
+    with pytest.raises(ConfigError, match=f"repeat was {repeat} and is None"):
+        TrainingLoader(mixture, READER, 40).load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -29,11 +29,12 @@ def stream(
     first: int = 0,
     stop: int = 40,
     reader: ConversationReader = READER,
+    repeat: int | None = None,
 ) -> dict[int, Summary]:
     """Return the global micro-batches first..stop-1 as the ranks of a job deliver them."""
     found = {}
     for rank in range(ranks):
-        loader = TrainingLoader(mixture, reader, stop // ranks, rank, ranks, workers)
+        loader = TrainingLoader(mixture, reader, stop // ranks, rank, ranks, workers, repeat=repeat)
         loader.load_state_dict({**loader.state_dict(), "global_batches": first})
         for number, batch in enumerate(loader, start=first // ranks):
             found[number * ranks + rank] = summary(batch)
@@ -48,13 +49,15 @@ def simulated(
     stop: int,
     monkeypatch: pytest.MonkeyPatch,
     reader: ConversationReader = READER,
+    repeat: int | None = None,
 ) -> dict[int, Summary]:
     """Return the same, with the workers of a DataLoader played in this process, which collects from them in turn."""
     found: dict[int, Summary] = {}
     for rank in range(ranks):
         streams = []
         for worker in range(workers):
-            data = module.TrainingBatches(mixture, reader, rank, ranks, first // ranks, stop // ranks)
+            part = first // ranks, stop // ranks
+            data = module.TrainingBatches(mixture, reader, rank, ranks, *part, repeat=repeat)
             with monkeypatch.context() as patch:
                 info = SimpleNamespace(id=worker, num_workers=workers)
                 patch.setattr(module, "get_worker_info", lambda info=info: info)
