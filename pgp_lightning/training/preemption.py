@@ -71,6 +71,8 @@ class Preemption(_AfterStep, Checkpoint):
             return
         path = self._saving(trainer).save_now(trainer)
         trainer.should_stop = self._saved = True
+        # Lightning goes on until these are reached, and the machine would be gone by then.
+        trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
         # Lightning validates before it stops. A validation that is due now is not made up for after a resume; any other
         # would be a point of its own in the curves, and take time that may not be left.
         if (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % (trainer.val_check_batch or math.inf):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from pgp_lightning.training.run import CONSOLIDATED, RunRecord
@@ -27,7 +28,8 @@ class StepCheckpoint(ModelCheckpoint):
 
     Lightning's own saves anew after the first micro-batch of a resumed run, since the number of optimiser steps is
     then still one at which to save. With gradient accumulation that checkpoint lies inside a step: the gradients of
-    its first micro-batches are in no checkpoint, and the next resume would go on without them.
+    its first micro-batches are in no checkpoint, and the next resume would go on without them. The same holds of a
+    validation between the micro-batches of a step: what would be saved then is saved at the next time.
 
     A strategy that shards the model writes a folder, file by file. It gets `consolidated.ckpt` as its last one: the
     weights that are saved, whole and in float32, with the run's record, as plain tensors and values. A folder without
@@ -38,8 +40,23 @@ class StepCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
     ) -> None:
         """Save if a step is complete and it is time."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        if not _inside_step(trainer):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step, which Lightning's own does only if nothing was saved before; say so where that fails."""
+        if not self.save_last or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if not self._should_skip_saving_checkpoint(trainer):
+            self.save_now(trainer)
+        if self._last_global_step_saved != trainer.global_step:
+            rank_zero_warn(
+                f"training stopped between the micro-batches of optimiser step {trainer.global_step + 1}: the last "
+                f"checkpoint is of step {self._last_global_step_saved}"
+            )
+
+    def _should_skip_saving_checkpoint(self, trainer: Trainer) -> bool:
+        return _inside_step(trainer) or super()._should_skip_saving_checkpoint(trainer)
 
     def save_now(self, trainer: Trainer) -> str:
         """Save the run's last checkpoint, unless it is of this step, and return where; called by all processes."""
@@ -68,6 +85,12 @@ class StepCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             _write(whole, content)
         trainer.strategy.barrier()
+
+
+def _inside_step(trainer: Trainer) -> bool:
+    """Return whether there are gradients of micro-batches that wait for others."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return bool(batches % trainer.accumulate_grad_batches)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -167,6 +167,13 @@ def test_fit_fills_one_folder(run: Callable[..., int], tmp_path: Path, capsys: p
     assert sorted(root.rglob("*")) == files and (root / "config.yaml").read_text() == before
 
 
+def test_a_run_without_a_validation_says_so(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fit", "short", "--trainer.max_steps=3") == 0
+    assert "it was never validated" in capsys.readouterr().out
+    assert run("fit", "meant", "--trainer.max_steps=3", "--trainer.limit_val_batches=0") == 0
+    assert "never validated" not in capsys.readouterr().out
+
+
 def test_a_trial_leaves_nothing(run: Callable[..., int], tmp_path: Path) -> None:
     assert run("fit", "trial", "--trainer.fast_dev_run=true") == 0
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path != tmp_path / "config.yaml"]
