@@ -6,6 +6,7 @@ d hidden size, V' the guide's last hidden states at the visual tokens, Z latents
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -14,7 +15,16 @@ from torch.nn import functional
 
 from pgp_lightning.errors import ConfigError
 
-__all__ = ["GATE_INPUT_MAX", "LOG_VARIANCE_RANGE", "STATE_LIMIT", "GateKind", "GaussianBottleneck", "Posterior"]
+__all__ = [
+    "GATE_BIAS_LIMIT",
+    "GATE_INPUT_MAX",
+    "LOG_VARIANCE_RANGE",
+    "STATE_LIMIT",
+    "GateKind",
+    "GaussianBottleneck",
+    "Posterior",
+    "check_biases",
+]
 
 GateKind = Literal["sigmoid", "exp"]
 
@@ -22,6 +32,8 @@ GateKind = Literal["sigmoid", "exp"]
 LOG_VARIANCE_RANGE = (-12.0, 6.0)
 # exp(8) is about 3,000, past any gate of use; its square still leaves float32 room in Eq. 2.
 GATE_INPUT_MAX = 8.0
+# 16.6: past it float32's sigmoid is 1 and has no gradient, and a gate below exp(-16.6) is lost in Eq. 3's rounding.
+GATE_BIAS_LIMIT = -math.log(torch.finfo(torch.float32).eps / 2)
 # The largest finite float16, so float16 states pass unchanged; larger ones could overflow Eq. 2.
 STATE_LIMIT = 65504.0
 
@@ -64,7 +76,8 @@ class GaussianBottleneck(nn.Module):
         log_variance_bias: initial bias of S's last layer, so log sigma_i^2 at the start.
 
     Raises:
-        ConfigError: if the width is not positive, or ``gate`` or ``head_layers`` is none of the above.
+        ConfigError: if the width is not positive, ``gate`` or ``head_layers`` is none of the above, or a bias starts
+            where there is no gradient.
     """
 
     def __init__(
@@ -84,6 +97,7 @@ class GaussianBottleneck(nn.Module):
             raise ConfigError(f"gate must be one of {', '.join(get_args(GateKind))}, got {gate!r}")
         if head_layers not in (1, 2):
             raise ConfigError(f"head_layers must be 1 or 2, got {head_layers}")
+        check_biases(gate, gate_bias, log_variance_bias)
         self.width = width
         self.gate = gate
         self.gate_head = _head(width, head_layers, gate_bias)
@@ -151,6 +165,21 @@ class GaussianBottleneck(nn.Module):
         spread = (log_ratio.expm1() - log_ratio).clamp(min=0.0)
         shift = (posterior.mean - self.prior_mean.to(posterior.mean.dtype)).square() * (-prior_log_variance).exp()
         return 0.5 * (spread + shift).mean(dim=-1)
+
+
+def check_biases(gate: GateKind, gate_bias: float, log_variance_bias: float) -> None:
+    """Refuse initial biases at which gate or variance has no gradient in float32.
+
+    Raises:
+        ConfigError: says which range has one.
+    """
+    widest = GATE_BIAS_LIMIT if gate == "sigmoid" else GATE_INPUT_MAX
+    for name, bias, low, high in (
+        ("gate_bias", gate_bias, -GATE_BIAS_LIMIT, widest),
+        ("log_variance_bias", log_variance_bias, *LOG_VARIANCE_RANGE),
+    ):
+        if not low < bias < high:  # as NaN is not
+            raise ConfigError(f"{name} must lie between {low:.1f} and {high:.1f}, where it has a gradient, got {bias}")
 
 
 def _head(width: int, layers: int, bias: float) -> nn.Sequential:

@@ -23,6 +23,7 @@ from pgp_lightning.data.module import InstructionData
 from pgp_lightning.doctor_data import examine_mixture, examine_sources
 from pgp_lightning.errors import ConfigError, DataError
 from pgp_lightning.finding import Finding, failed
+from pgp_lightning.guides.posterior import PosteriorGuide, check_numbers
 from pgp_lightning.training.command_line import TerseParser, quieten, reason_of
 from pgp_lightning.training.global_batch import GlobalBatch
 from pgp_lightning.training.options import refusals
@@ -151,6 +152,8 @@ def _model(case: _Case) -> Iterator[Finding]:
         yield Finding("warn", "model", f"{model.class_path} has no guide with a base: its weights are not examined")
         return
     case.guide = {**arguments, **guide["init_args"]}
+    if guide["class_path"].rpartition(".")[2] == PosteriorGuide.__name__:
+        check_numbers(guide["init_args"])
     module, _, name = model.class_path.rpartition(".")
     if issubclass(kind := getattr(importlib.import_module(module), name), PGP):
         kind(guide=object(), **arguments)

@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from pgp_lightning.bottleneck import GaussianBottleneck, Posterior
+from pgp_lightning.bottleneck import GaussianBottleneck, Posterior, check_biases
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.guides.base import Guide, evaluating
 from pgp_lightning.vlm.decoder_call import decode_states
@@ -31,7 +32,7 @@ from pgp_lightning.vlm.processor import PromptOrder
 from pgp_lightning.vlm.request import Request
 from pgp_lightning.vlm.slots import Slots, lay_out
 
-__all__ = ["BottleneckPass", "PosteriorGuide", "Reconstruction", "Subset"]
+__all__ = ["BottleneckPass", "PosteriorGuide", "Reconstruction", "Subset", "check_numbers"]
 
 METHOD_VERSION = 1
 
@@ -85,8 +86,8 @@ class PosteriorGuide(Guide):
         gate: activation of the gate network (Eq. 3): sigmoid, or exp (the paper's ablation).
         learned_prior: whether the prior's mean and variance are trained.
         head_layers: depth of the gate and variance networks.
-        gate_bias: where the gate network's output starts.
-        log_variance_bias: where the log-variance network's output starts.
+        gate_bias: where the gate network's output starts; between -16.6 and 16.6, or 8 with exp.
+        log_variance_bias: where the log-variance network's output starts; between -12 and 6.
         bottleneck_order: prompt order of the first pass; `image_first` cannot see the question and is for controls.
         reconstruction_order: prompt order of the second pass.
         dtype: of the frozen weights and the passes; bottleneck and losses are float32 always.
@@ -94,7 +95,8 @@ class PosteriorGuide(Guide):
         gradient_checkpointing: recompute decoder layers in the backward pass to save memory.
 
     Raises:
-        ConfigError: if the base cannot be loaded or has no layer that the adapter matches.
+        ConfigError: if the base cannot be loaded or has no layer that the adapter matches, or a number is one with
+            which nothing would be learned.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class PosteriorGuide(Guide):
     ) -> None:
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
+        check_numbers(arguments)
         self.arguments: dict[str, Any] = {**arguments, "base": base if isinstance(base, str) else base.base}
         self.bottleneck_order, self.reconstruction_order = bottleneck_order, reconstruction_order
         self.vlm = load_vlm(base, getattr(torch, dtype), attention) if isinstance(base, str) else base
@@ -284,6 +287,22 @@ class PosteriorGuide(Guide):
         """Run the decoder without its head: hidden states (B, N, d) after the final norm."""
         embeddings = slots.place(self.vlm.model.get_input_embeddings()(slots.ids), visual)
         return decode_states(self.vlm.decoder, embeddings, slots.mask, slots.positions)
+
+
+def check_numbers(arguments: Mapping[str, Any]) -> None:
+    """Refuse a guide's arguments if nothing would be learned with them, before any weights are loaded.
+
+    Raises:
+        ConfigError: says which number may be what.
+    """
+    rank, alpha, dropout = (arguments[f"lora_{name}"] for name in ("rank", "alpha", "dropout"))
+    if rank < 0:
+        raise ConfigError(f"lora_rank must be at least 0, got {rank}")
+    if alpha < 1:
+        raise ConfigError(f"lora_alpha must be at least 1, got {alpha}: lora_rank 0 leaves the adapter out")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"lora_dropout must be in [0, 1), got {dropout}")
+    check_biases(arguments["gate"], arguments["gate_bias"], arguments["log_variance_bias"])
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:

@@ -86,8 +86,10 @@ class PGP(pl.LightningModule):
         for name, value in {**shares, "visual_token_share": visual_token_share}.items():
             if not 0 <= value <= 1 or (name == "visual_token_share" and value == 0):
                 raise ConfigError(f"model.{name} must be a share in [0, 1] that leaves something, got {value}")
-        if learning_rate <= 0:
+        if not 0 < learning_rate < math.inf:
             raise ConfigError(f"model.learning_rate must be positive, got {learning_rate}")
+        if not 0 <= weight_decay < math.inf:
+            raise ConfigError(f"model.weight_decay must be at least 0, got {weight_decay}")
         self.guide = guide
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup_fraction, self.final_fraction = warmup_fraction, final_fraction

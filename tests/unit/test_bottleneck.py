@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from pgp_lightning.bottleneck import LOG_VARIANCE_RANGE, STATE_LIMIT, GaussianBottleneck, Posterior
+from pgp_lightning.bottleneck import (
+    GATE_BIAS_LIMIT,
+    GATE_INPUT_MAX,
+    LOG_VARIANCE_RANGE,
+    STATE_LIMIT,
+    GaussianBottleneck,
+    Posterior,
+)
 from pgp_lightning.errors import ConfigError
 from tests.pairwise import pairwise
 
@@ -301,3 +309,50 @@ def test_wrong_shapes_and_options_are_refused():
         GaussianBottleneck(WIDTH, head_layers=3)
     with pytest.raises(ConfigError, match="width must be at least 1"):
         GaussianBottleneck(0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"gate_bias": 17.0}, r"gate_bias must lie between -16\.6 and 16\.6, .* got 17\.0"),
+        ({"gate_bias": -17.0}, "gate_bias must lie between"),
+        ({"gate": "exp", "gate_bias": 20.0}, r"gate_bias must lie between -16\.6 and 8\.0, .* got 20\.0"),
+        ({"gate_bias": math.nan}, "gate_bias .* got nan"),
+        ({"gate": "exp", "gate_bias": -math.inf}, "gate_bias .* got -inf"),
+        ({"log_variance_bias": -20.0}, r"log_variance_bias must lie between -12\.0 and 6\.0, .* got -20\.0"),
+        ({"log_variance_bias": 6.5}, r"log_variance_bias .* got 6\.5"),
+        ({"log_variance_bias": math.nan}, "log_variance_bias .* got nan"),
+    ],
+)
+def test_a_bias_without_a_gradient_is_refused(options: dict[str, Any], words: str):
+    with pytest.raises(ConfigError, match=words):
+        GaussianBottleneck(WIDTH, **options)
+
+
+@pytest.mark.parametrize(
+    ("gate", "low", "high", "head"),
+    [
+        ("sigmoid", -GATE_BIAS_LIMIT, GATE_BIAS_LIMIT, "gate_head"),
+        ("exp", -GATE_BIAS_LIMIT, GATE_INPUT_MAX, "gate_head"),
+        ("sigmoid", *LOG_VARIANCE_RANGE, "log_variance_head"),
+    ],
+)
+def test_the_permitted_range_ends_where_the_gradient_does(gate: str, low: float, high: float, head: str):
+    def gradient(bias: float) -> float:
+        """Return the greatest gradient of a head's bias, were all its weights 0."""
+        bottleneck = GaussianBottleneck(WIDTH, gate=gate, head_layers=1)
+        last = getattr(bottleneck, head)[-1]
+        torch.nn.init.zeros_(last.weight)
+        torch.nn.init.constant_(last.bias, bias)
+        posterior = bottleneck(states(2, 3))
+        (posterior.gate if head == "gate_head" else posterior.log_variance).sum().backward()
+        return float(last.bias.grad.abs().max())
+
+    assert gradient(low + 0.01) > 0 and gradient(high - 0.01) > 0
+    assert gradient(high + 0.01) == 0
+    name = "gate_bias" if head == "gate_head" else "log_variance_bias"
+    GaussianBottleneck(WIDTH, gate=gate, **{name: low + 0.01})
+    GaussianBottleneck(WIDTH, gate=gate, **{name: high - 0.01})
+    for outside in (low - 0.01, high + 0.01):
+        with pytest.raises(ConfigError):
+            GaussianBottleneck(WIDTH, gate=gate, **{name: outside})

@@ -60,6 +60,9 @@ def test_settings_that_are_refused(case: Case, capsys: pytest.CaptureFixture[str
     case.data["lanes"] = 4
     case.model["learning_rate"] = 0
     case.finds("fail", "model", "model.learning_rate must be positive, got 0")
+    case.model["learning_rate"] = 1e-3
+    case.guide["log_variance_bias"] = -20
+    case.finds("fail", "model", "log_variance_bias must lie between -12.0 and 6.0")
     assert examine([case.folder / "gone.yaml"])[-1].detail.startswith("there is no configuration")
 
 

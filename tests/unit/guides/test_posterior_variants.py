@@ -216,6 +216,23 @@ def test_a_base_without_the_layers_of_the_adapter(tiny_base: str, monkeypatch: p
         PosteriorGuide(tiny_base)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lora_rank": -1}, "lora_rank must be at least 0, got -1"),
+        ({"lora_alpha": 0}, "lora_alpha must be at least 1, got 0: lora_rank 0 leaves the adapter out"),
+        ({"lora_dropout": float("nan")}, r"lora_dropout must be in \[0, 1\), got nan"),
+        ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), got 1\.0"),
+        ({"log_variance_bias": -20.0}, "log_variance_bias must lie between"),
+    ],
+)
+def test_numbers_with_which_nothing_is_learned_are_refused_before_the_base_is_loaded(
+    options: dict[str, Any], words: str
+):
+    with pytest.raises(ConfigError, match=words):
+        PosteriorGuide("nowhere", **options)
+
+
 def test_the_posterior_network_is_refused_nonsense(tiny_base: str):
     with pytest.raises(ConfigError, match="gate must be one of sigmoid, exp"):
         PosteriorGuide(tiny_base, gate="relu")  # type: ignore[arg-type]

@@ -296,6 +296,8 @@ def test_without_annealing_there_is_no_step(tiny_base: str):
         ({"warmup_fraction": 2}, r"model\.warmup_fraction"),
         ({"final_fraction": math.nan}, r"model\.final_fraction"),
         ({"learning_rate": 0}, r"model\.learning_rate must be positive, got 0"),
+        ({"learning_rate": float("nan")}, r"model\.learning_rate must be positive, got nan"),
+        ({"weight_decay": float("inf")}, r"model\.weight_decay must be at least 0, got inf"),
         ({"average": "median"}, r"average must be one of token, sample, square, got 'median'"),
     ],
 )
