@@ -31,6 +31,7 @@ from pgp_lightning.training import (  # noqa: F401 (a config may name their clas
     preemption,
     step_checkpoint,
     throughput,
+    weight_average,
 )
 from pgp_lightning.training.global_batch import GlobalBatch
 from pgp_lightning.training.preemption import Preemption

@@ -21,20 +21,26 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from pgp_lightning.data.module import InstructionData
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.training.step_checkpoint import StepCheckpoint
+from pgp_lightning.training.weight_average import WeightAverage
 
 __all__ = ["check_fit", "check_precision", "refusals"]
 
 # Those that leave trained weights in float32, or wider.
 PRECISIONS = ("32-true", "64-true", "16-mixed", "bf16-mixed")
 
+SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+
 CALLBACKS: dict[type[Callback], str] = {
-    StochasticWeightAveraging: "replaces the learning-rate schedule, and its average reaches no checkpoint",
-    WeightAveraging: "averages the frozen base as well, and its runs cannot be resumed",
+    StochasticWeightAveraging: (
+        "replaces the learning-rate schedule, and its average reaches no checkpoint: take WeightAverage"
+    ),
+    WeightAveraging: "averages the frozen base as well, and its runs cannot be resumed: take WeightAverage",
     GradientAccumulationScheduler: (
         "goes by epochs, and training is a single one: set trainer.accumulate_grad_batches, or add GlobalBatch"
     ),
@@ -88,6 +94,9 @@ def refusals(trainer: Trainer, data: object) -> Iterator[str]:
         for kind, reason in CALLBACKS.items():
             if isinstance(callback, kind):
                 yield f"the callback {type(callback).__name__} {reason}"
+        if isinstance(callback, WeightAverage) and isinstance(trainer.strategy, SHARDING):
+            strategy = type(trainer.strategy).__name__
+            yield f"WeightAverage needs whole weights, and {strategy} deals them to the processes: use ddp"
     # A trial of some batches leaves nothing behind.
     if isinstance(data, InstructionData) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         yield from _stream(trainer)

@@ -23,11 +23,13 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.plugins import BitsandbytesPrecision, HalfPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from pgp_lightning.data.module import InstructionData
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.training.options import PRECISIONS, check_fit, check_precision, refusals
 from pgp_lightning.training.step_checkpoint import StepCheckpoint
+from pgp_lightning.training.weight_average import WeightAverage
 from tests.standins import ToyData
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -135,6 +137,15 @@ def test_precisions_that_leave_trained_weights_alone(data: InstructionData, prec
 )
 def test_what_does_what_it_says(data: InstructionData, options: dict[str, Any], tmp_path: Path):
     assert not list(refusals(trainer(default_root_dir=tmp_path, **options), data))
+
+
+def test_an_average_of_weights_that_are_dealt_out(data: InstructionData, monkeypatch: pytest.MonkeyPatch):
+    given = trainer(callbacks=[StepCheckpoint(), WeightAverage()])
+    assert not list(refusals(given, data))
+    monkeypatch.setattr(given._accelerator_connector, "strategy", ModelParallelStrategy())
+    monkeypatch.setattr(given.strategy, "_precision_plugin", trainer().precision_plugin)
+    (found,) = refusals(given, data)
+    assert found.startswith("WeightAverage needs whole weights, and ModelParallelStrategy deals them"), found
 
 
 def test_data_with_epochs_of_its_own_may_be_cut():
