@@ -20,12 +20,14 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from pgp_lightning.data.module import InstructionData
 from pgp_lightning.errors import ConfigError
+from pgp_lightning.training.preemption import Preemption
 from pgp_lightning.training.step_checkpoint import StepCheckpoint
 from pgp_lightning.training.weight_average import WeightAverage
 
@@ -97,6 +99,9 @@ def refusals(trainer: Trainer, data: object) -> Iterator[str]:
         if isinstance(callback, WeightAverage) and isinstance(trainer.strategy, SHARDING):
             strategy = type(trainer.strategy).__name__
             yield f"WeightAverage needs whole weights, and {strategy} deals them to the processes: use ddp"
+    asynchronous = isinstance(getattr(trainer.strategy, "_checkpoint_io", None), AsyncCheckpointIO)
+    if asynchronous and any(isinstance(callback, Preemption) for callback in callbacks):
+        yield "the plugin AsyncCheckpointIO may still be writing when Preemption gives the job back: leave one out"
     # A trial of some batches leaves nothing behind.
     if isinstance(data, InstructionData) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         yield from _stream(trainer)

@@ -67,6 +67,7 @@ WATCHERS = {
     "RichProgressBar",
     "TQDMProgressBar",
     "Throughput",
+    "ThroughputMonitor",
     "Timer",
 }
 

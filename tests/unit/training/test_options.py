@@ -22,12 +22,19 @@ from lightning.pytorch.callbacks import (
     Timer,
     WeightAveraging,
 )
-from lightning.pytorch.plugins import BitsandbytesPrecision, HalfPrecision
+from lightning.pytorch.plugins import (
+    AsyncCheckpointIO,
+    BitsandbytesPrecision,
+    HalfPrecision,
+    Precision,
+    TransformerEnginePrecision,
+)
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from pgp_lightning.data.module import InstructionData
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.training.options import PRECISIONS, check_fit, check_precision, refusals
+from pgp_lightning.training.preemption import Preemption
 from pgp_lightning.training.step_checkpoint import StepCheckpoint
 from pgp_lightning.training.weight_average import WeightAverage
 from tests.standins import ToyData
@@ -105,12 +112,24 @@ def test_all_of_them_are_named(data: InstructionData):
         check_fit(trainer(limit_train_batches=3, callbacks=[StepCheckpoint(), BatchSizeFinder()]), data)
 
 
-def test_the_precision_of_a_plugin_without_a_name(monkeypatch: pytest.MonkeyPatch):
-    plugin = BitsandbytesPrecision.__new__(BitsandbytesPrecision)  # its constructor wants the library
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(BitsandbytesPrecision, "BitsandbytesPrecision"), (TransformerEnginePrecision, "transformer-engine")],
+)
+def test_the_precision_of_plugins_whose_library_is_not_here(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Precision], name: str
+):
     given = trainer()
-    monkeypatch.setattr(given.strategy, "_precision_plugin", plugin)
-    with pytest.raises(ConfigError, match=r"trainer\.precision BitsandbytesPrecision"):
+    monkeypatch.setattr(given.strategy, "_precision_plugin", kind.__new__(kind))  # constructors want the library
+    with pytest.raises(ConfigError, match=f"precision {name} keeps adapter, bottleneck and prior in less"):
         check_precision(given)
+
+
+def test_checkpoints_that_are_written_beside_training(data: InstructionData):
+    plugins = {"plugins": [AsyncCheckpointIO()]}
+    assert not list(refusals(trainer(**plugins), data))
+    (found,) = refusals(trainer(**plugins, callbacks=[StepCheckpoint(), Preemption()]), data)
+    assert "AsyncCheckpointIO may still be writing" in found
 
 
 @pytest.mark.parametrize("precision", [*PRECISIONS, "bf16", "64", None])
