@@ -214,7 +214,7 @@ def test_a_resumed_run_is_the_undisturbed_one(
 
 
 def test_a_warned_run_saves_requeues_and_goes_on_at_the_next_step(
-    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = copy.deepcopy(CONFIG)
     saving = {"class_path": "StepCheckpoint", "init_args": {"every_n_train_steps": 1000, "save_last": True}}
@@ -231,10 +231,9 @@ def test_a_warned_run_saves_requeues_and_goes_on_at_the_next_step(
             signal.raise_signal(signal.SIGUSR1)
 
     monkeypatch.setattr(ToyModule, "on_train_batch_start", warn, raising=False)
-    capsys.readouterr()
     assert run("fit", "warned") == 0
     last = tmp_path / "warned" / "checkpoints" / "last.ckpt"
-    assert f"warned by SIGUSR1: saved {last} at optimiser step 6 and stop" in "".join(capsys.readouterr())
+    assert torch.load(last, weights_only=True)["global_step"] == 6
     assert (tmp_path / "requeued-17").exists()
     assert run("fit", "warned", "--ckpt_path=last") == 0
     whole, first, second = modules
