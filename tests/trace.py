@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -32,9 +33,14 @@ def release(root: Path) -> None:
 class Trace(Callback):
     """Appends a line for every micro-batch to `trace-<rank>.jsonl`: its samples and loss; waits where it is held."""
 
+    def __init__(self) -> None:
+        self._parent = os.getppid()
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         with suppress(FileNotFoundError):
             while batch_idx >= int((Path(trainer.default_root_dir) / _HOLD).read_text()):
+                if os.getppid() != self._parent:  # nobody is there any more to release it
+                    break
                 time.sleep(0.01)
 
     def on_train_batch_end(
