@@ -190,3 +190,11 @@ def test_a_lower_limit_of_tiles():
     assert cut_tiles(image, rule, 3)[1] == TileGrid(2, 1, 2, True)
     tiles, grid = cut_tiles(image, rule, 1)
     assert grid == TileGrid(1, 1, 2, False) and len(tiles) == 1
+
+
+def test_a_larger_grid_of_the_same_ratio_needs_more_than_half_of_its_pixels():
+    rule = TileRule(tile_size=6, tokens_per_side=2, max_tiles=8)
+    # The nearest ratio is 2: a grid of 4 x 2 tiles has 288 pixels.
+    for size, grid in (((18, 8), (2, 1)), ((19, 8), (4, 2)), ((17, 8), (2, 1))):
+        found = rule.grid(*size)
+        assert (found.columns, found.rows) == grid, size
