@@ -18,7 +18,8 @@ FLOORS = {
     # 0 mathematics
     "errors": 0, "bottleneck": 0, "objective": 0, "selection": 0, "warning_signal": 0,
     # 1 foreign models seen from outside
-    "vlm": 1, "attention": 1, "prefill": 1, "prefill_state": 1,
+    "vlm": 1, "attention": 1, "pruner": 1, "prefill": 1, "prefill_driver": 1, "prefill_guard": 1, "prefill_inputs": 1,
+    "prefill_state": 1,
     # 2 methods
     "guides": 2, "pruners": 2,
     # 3 data

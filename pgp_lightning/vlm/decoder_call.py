@@ -1,4 +1,4 @@
-"""How transformers calls a text model, its decoder layers and their attention: the one file that knows the names.
+"""How transformers calls a model, its decoder layers and their attention: the one file that knows the names.
 
 Keywords change between versions (5.24 calls `cache` what was `past_key_values`), and hooks see only the new name. A
 keyword that is needed and there under none of its names is refused: absence is never read as "none". Other keywords
@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -21,15 +22,14 @@ from pgp_lightning.errors import ConfigError
 __all__ = [
     "KNOWN_VERSIONS",
     "Call",
+    "ModelCall",
     "Rope",
     "cache_keyword",
     "cache_of_output",
     "causal_mask",
     "decode_states",
+    "extended_output",
     "held_keys",
-    "held_slots",
-    "plain_cache",
-    "take_slots",
     "without_cache",
 ]
 
@@ -46,6 +46,13 @@ _NAMES = {
     "mask": ("attention_mask",),
     "positions": ("position_ids",),
     "rope": ("position_embeddings",),
+}
+# Of a model around the decoder, which may be called without any of them.
+_MODEL_NAMES = {
+    "ids": ("input_ids",),
+    "embeddings": ("inputs_embeds",),
+    "pixels": ("pixel_values",),
+    "features": ("mm_encoder_outputs",),
 }
 
 
@@ -121,26 +128,96 @@ class Call:
         )
 
 
-def plain_cache(cache: Any) -> DynamicCache | None:  # noqa: ANN401
-    """Return a cache whose layers may hold different numbers of slots; None stays None.
+class ModelCall:
+    """One call of a model without its head: what embeds ids and pictures and runs the decoder.
+
+    Args:
+        module: the module that is called.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+
+    Attributes:
+        given: all of them by name.
+        ids: int64 (B, N), or None.
+        embeddings: (B, N, d) in place of ids, or None.
+        mask: (B, N) marks padding by 0, or what a caller made of it, or None.
+        pixels: normalised pixels (T, 3, S, S), or None.
+    """
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.module = module
+        placed = inspect.signature(module.forward).bind_partial(*args).arguments if args else {}
+        self.given: dict[str, Any] = {**placed, **kwargs}
+        self.ids: Tensor | None = self._read("ids")
+        self.embeddings: Tensor | None = self._read("embeddings")
+        self.mask: Tensor | None = self._read("mask")
+        self.pixels: Tensor | None = self._read("pixels")
+
+    @property
+    def cache(self) -> Any:  # noqa: ANN401 (transformers' classes)
+        """The key-value cache; None without.
+
+        Raises:
+            ConfigError: if the model takes none under a known name.
+        """
+        cache_keyword(self.module)
+        return self._read("cache")
+
+    @property
+    def slots(self) -> Tensor:
+        """Ids (B, N) or embeddings (B, N, d)."""
+        slots = self.embeddings if self.ids is None else self.ids
+        assert slots is not None  # the model refuses to be called without
+        return slots
+
+    @property
+    def visual_tokens(self) -> Any:  # noqa: ANN401 (a tensor, or a list by picture)
+        """Visual tokens that come in place of pixels, None without."""
+        image = (self._read("features") or {}).get("image")
+        return None if image is None else image.pooler_output
+
+    def split(self, slots: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return this call as two, with a cache that both share: the first slots with pictures, and those behind."""
+        cache = DynamicCache() if self.cache is None else self.cache
+        others = {
+            name: value for name, value in self.given.items() if name not in _NAMES["cache"] + _MODEL_NAMES["features"]
+        }
+        others |= {cache_keyword(self.module): cache, "use_cache": True}
+        head, tail = dict(others), dict(others)
+        for name in _MODEL_NAMES["features"]:
+            if name in self.given:
+                head[name] = self.given[name]
+        for name in _MODEL_NAMES["pixels"]:
+            tail.pop(name, None)
+        for name in _MODEL_NAMES["ids"] + _MODEL_NAMES["embeddings"]:
+            if others.get(name) is not None:
+                head[name], tail[name] = others[name][:, :slots], others[name][:, slots:]
+        for name in _NAMES["positions"]:
+            if others.get(name) is not None:
+                head[name], tail[name] = others[name][..., :slots], others[name][..., slots:]
+        for name in _NAMES["mask"]:
+            if others.get(name) is not None:
+                head[name] = others[name][:, :slots]
+        return head, tail
+
+    def _read(self, what: str) -> Any:  # noqa: ANN401
+        given = (self.given.get(name) for name in (_NAMES | _MODEL_NAMES)[what])
+        return next((value for value in given if value is not None), None)
+
+
+def extended_output(first: Any, second: Any) -> Any:  # noqa: ANN401
+    """Return the output of the second call of `ModelCall.split` with the states of the first in front of its own.
 
     Raises:
-        ConfigError: if it is of another kind.
+        ConfigError: if it holds states or attention by layer, which would be those of the second call alone.
     """
-    if cache is None:
-        return None
-    if isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers):
-        return cache
-    kinds = ", ".join(sorted({type(layer).__name__ for layer in getattr(cache, "layers", [])}))
-    raise ConfigError(
-        "pruned layers hold prompts of different lengths, which takes a DynamicCache of plain layers; got "
-        f"{type(cache).__name__} of {kinds or 'no layers'}: leave cache_implementation unset"
-    )
-
-
-def held_slots(cache: DynamicCache, layer: int) -> int:
-    """Return how many slots a layer's cache holds."""
-    return int(cache.get_seq_length(layer))
+    if second.get("hidden_states") is not None or second.get("attentions") is not None:
+        raise ConfigError(
+            "states and attention by layer cannot be had of a prompt and what follows it in one call: leave "
+            "output_hidden_states and output_attentions unset, or call the model with the prompt alone first"
+        )
+    second.last_hidden_state = torch.cat([first.last_hidden_state, second.last_hidden_state], dim=1)
+    return second
 
 
 def held_keys(call: Call) -> Tensor | None:
@@ -149,23 +226,26 @@ def held_keys(call: Call) -> Tensor | None:
     return None if call.cache is None else call.cache.layers[layer.layer_idx].keys
 
 
-def take_slots(cache: DynamicCache, layers: int, slots: Tensor) -> None:
-    """Leave only slots, int64 (B, n), in the caches of the first layers."""
-    layer: Any
-    for layer in cache.layers[:layers]:
-        index = slots.to(layer.keys.device)[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
-        layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
-
-
 def causal_mask(
     decoder: Any,  # noqa: ANN401
     hidden: Tensor,
     valid: Tensor,
-    cache: DynamicCache | None = None,
-    layer: int | None = None,
 ) -> Tensor | None:
-    """Return the mask that the attention implementation takes, for queries (B, Q, d) and slots bool (B, K)."""
-    mask: Tensor | None = create_causal_mask(decoder.config, hidden, valid, cache, layer_idx=layer)
+    """Return the mask that the attention implementation takes, for the last Q of K slots.
+
+    Args:
+        decoder: the text model.
+        hidden: the Q queries' hidden states (B, Q, d).
+        valid: bool (B, K), what is no padding.
+    """
+    cache, before = None, valid.shape[1] - hidden.shape[1]
+    if before:
+        # A cache is asked for its length alone.
+        layer: Any = DynamicLayer()  # type: ignore[no-untyped-call]
+        layer.keys, layer.is_initialized = hidden.new_empty(1, 1, before, 1), True
+        cache = DynamicCache()
+        cache.layers = [layer]
+    mask: Tensor | None = create_causal_mask(decoder.config, hidden, valid, cache)
     return mask
 
 

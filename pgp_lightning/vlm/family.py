@@ -140,6 +140,12 @@ class VLM(ABC):
                 hook.remove()
 
     @property
+    def body(self) -> nn.Module:
+        """The model without its head: it embeds ids and pictures, and runs the decoder."""
+        body: nn.Module = self.model.model
+        return body
+
+    @property
     def decoder(self) -> nn.Module:
         """The language model without its head."""
         decoder: nn.Module = self.model.model.language_model

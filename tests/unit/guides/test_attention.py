@@ -111,7 +111,7 @@ def test_the_large_model_goes_on_as_in_the_original_code(name: str):
     assert out.sequences[0].tolist() == values["large_tokens"].tolist()
     logits = torch.stack(out.logits, dim=1)[0]
     torch.testing.assert_close(logits, torch.from_numpy(values["large_step_logits"]), rtol=0, atol=5e-4)
-    lengths = [out.past_key_values.get_seq_length(depth) for depth in range(6)]
+    lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
     assert lengths == values["large_cache_lengths_final"].tolist()
     assert [int(p[0, -1]) for p in positions[1:]] == values["large_decode_positions"].tolist()
     assert [n.item() for n in run.slots] == [length] * layer + [len(values["keep_global"])] * (6 - layer)

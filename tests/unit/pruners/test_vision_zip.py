@@ -379,7 +379,11 @@ def test_what_cannot_be_is_refused():
     no_layer = VisionZip(layer=2)
     with pytest.raises(ConfigError, match="layer 2: the tower has 2"), pruned(vlm, no_layer, inputs, request):
         pass
-    with pytest.raises(ConfigError, match="did not run"), pruned(vlm, VisionZip(), inputs, request):
+    with (
+        pytest.raises(ConfigError, match="called with features of pictures"),
+        pruned(vlm, VisionZip(), inputs, request),
+    ):
         vlm.model.generate(**without, max_new_tokens=1)
-    with pytest.raises(ConfigError, match=r"8 tiles came for \[12, 4, 20\]"), pruned(vlm, VisionZip(), inputs, request):
+    few = {**inputs, "pixel_values": inputs["pixel_values"][1:]}
+    with pytest.raises(ConfigError, match=r"8 tiles came for \[12, 4, 20\]"), pruned(vlm, VisionZip(), few, request):
         vlm.visual_tokens(request.tiles[1:])

@@ -29,12 +29,11 @@ from pgp_lightning.vlm.decoder_call import (
     cache_keyword,
     cache_of_output,
     held_keys,
-    plain_cache,
-    take_slots,
     without_cache,
 )
 from pgp_lightning.vlm.family import VLM
 from pgp_lightning.vlm.inputs import prompt_inputs
+from pgp_lightning.vlm.prompt_cache import plain_cache, take_slots
 from pgp_lightning.vlm.request import Request
 from tests.unit.prefill.made import ask, shared
 
@@ -117,11 +116,11 @@ def test_own_calls_use_no_name_that_is_deprecated():
         for pruner in (FastV(layer=0, keep_ratio=0.5), FastV(layer=2, keep_ratio=0.5)):
             with pruned(vlm.model, pruner, inputs):
                 out = vlm.model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
-        cache = cache_of_output(out)
-        assert len(cache.layers) == len(vlm.decoder_layers)
-        # One token more, behind what the cache holds.
-        step = torch.full((len(inputs["input_ids"]), 1), 5)
-        vlm.model(input_ids=step, **{cache_keyword(vlm.model): cache})
+                cache = cache_of_output(out)
+                assert len(cache.layers) == len(vlm.decoder_layers)
+                # One token more, behind what the cache holds.
+                step = torch.full((len(inputs["input_ids"]), 1), 5)
+                vlm.model(input_ids=step, **{cache_keyword(vlm.model): cache})
     with pytest.raises(ConfigError, match="no cache in the output, which has logits: call with use_cache=True"):
         cache_of_output({"logits": HIDDEN})
     with pytest.raises(ConfigError, match=r"Identity of transformers .* takes no cache under the names cache or past"):
@@ -181,7 +180,8 @@ def test_transformers_is_capped_at_the_newest_minor_that_is_known():
 def test_no_other_file_spells_out_keywords_of_decoder_layers():
     names = {"past_key_values", "cache", "position_embeddings"}
     package = ROOT / "pgp_lightning"
-    files = [package / f"{name}.py" for name in ("prefill", "prefill_state", "attention")]
+    files = [package / f"{name}.py" for name in ("attention", "pruner")]
+    files += sorted(package.glob("prefill*.py"))
     files += [file for room in ("pruners", "guides") for file in sorted((package / room).rglob("*.py"))]
     assert len(files) > 10
     for file in files:
