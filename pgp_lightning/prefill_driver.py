@@ -94,6 +94,13 @@ class Driver:
         Raises:
             ConfigError: by name.
         """
+        assistant = options.get("assistant_model")
+        if isinstance(assistant, nn.Module) and any(part is self.decoder for part in assistant.modules()):
+            self.calls += 1
+            raise ConfigError(
+                "assistant_model is the pruned model itself, which cannot draft for itself: give a smaller model, or "
+                "prompt_lookup_num_tokens"
+            )
         if options.get("assistant_early_exit", getattr(config, "assistant_early_exit", None)):
             self.calls += 1
             raise ConfigError(
@@ -173,11 +180,7 @@ class Driver:
         try:
             if output is None:
                 return None  # an exception is on its way
-            if self.seen != self.depth:
-                raise ConfigError(
-                    f"{self.seen} of {self.depth} decoder layers ran their hooks, so the prompt was not pruned as it "
-                    "should be: compiled or replaced layers do not run them; prune the model as transformers loads it"
-                )
+            self._look_at_hooks(self.depth)
             if self.prefill:
                 if self.cache is not None:
                     keep_prompts(self.cache, self.past, self.whole)
@@ -191,7 +194,9 @@ class Driver:
     def _before(self, depth: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rewritten:
         """Hand a decoder layer what it shall see."""
         if not self.running:
+            self.calls += 1
             raise ConfigError("the decoder was called by itself inside pruned(): call the model around it")
+        self._look_at_hooks(depth)
         call = Call(layer, args, kwargs)
         self.seen += 1
         if not self.prefill:
@@ -199,6 +204,13 @@ class Driver:
         if depth == 0:
             self._begin(call)
         return self._prefill(depth, call)
+
+    def _look_at_hooks(self, layers: int) -> None:
+        if self.seen != layers:
+            raise ConfigError(
+                f"{self.seen} of the first {layers} decoder layers ran their hooks, so the prompt is not pruned as it "
+                "should be: compiled or replaced layers do not run them; prune the model as transformers loads it"
+            )
 
     def _begin(self, call: Call) -> None:
         hidden, self.cache = call.hidden, plain_cache(call.cache)

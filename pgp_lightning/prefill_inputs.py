@@ -1,7 +1,8 @@
 """The inputs that `pruned` was given, recognised by what they hold when the model is called.
 
-A pruner's scores belong to one batch. Ids, masks and pictures are compared once in a prefill, which waits for the
-device once; what differs is refused by name, since a cut by another batch's scores looks like any answer.
+A pruner's scores belong to one batch. Ids and masks are compared once in a prefill, and pictures once where they are
+encoded; each waits for the device once, layers and decoding never. What differs is refused by name, since a cut by
+another batch's scores looks like any answer.
 """
 
 from __future__ import annotations
@@ -84,7 +85,6 @@ class Announced:
         mask = self._mask(call, len(rows), given)
         alike = torch.stack([(rows[copy::copies, :part] == slots[:, :part]).all() for copy in range(copies)]).all()
         padding = None if mask is None else _repeated(self.valid, copies, mask)[:, :part] == mask[:, :part].bool()
-        # The only wait for the device.
         if not bool(alike if padding is None else alike & padding.all()):
             raise ConfigError(self._difference(bool(alike)))
         if given < width:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,11 +10,12 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from pgp_lightning.errors import ConfigError
+from pgp_lightning.vlm.decoder_call import cache_keyword, cache_of_output
 from pgp_lightning.vlm.family import VLM
 from pgp_lightning.vlm.processor import PromptOrder
 from pgp_lightning.vlm.request import Request
 
-__all__ = ["answer_lengths", "generate", "prompt_inputs", "read_answers"]
+__all__ = ["answer_lengths", "generate", "next_turn", "prompt_inputs", "read_answers"]
 
 
 def prompt_inputs(
@@ -32,7 +34,8 @@ def prompt_inputs(
         `input_ids` and `attention_mask`, int64 (B, N), padded on the left, and pixels or features of each row.
 
     Raises:
-        ConfigError: if the request was tiled by another rule.
+        ConfigError: if the request was tiled by another rule, a question holds a placeholder of images, or a prompt is
+            longer than the model was made for.
     """
     rule = vlm.processor.rule
     size, side = request.tiles.shape[-1], {grid.tokens_per_side for grid in request.grids}
@@ -46,6 +49,7 @@ def prompt_inputs(
     prompts = [vlm.processor.prompt(question, None, order) for question in request.questions]
     rows = [[*p.before, *[context] * n, *p.after] for p, n in zip(prompts, request.counts, strict=True)]
     width = max(map(len, rows))
+    vlm.processor.check_length(width)
     device = request.tiles.device
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
@@ -64,6 +68,51 @@ def tiles_of_rows(request: Request) -> Tensor:
     for grid in request.grids:
         starts.append(starts[-1] + grid.tiles)
     return torch.cat([torch.arange(starts[i], starts[i + 1]) for i in request.images]).to(request.tiles.device)
+
+
+def next_turn(
+    vlm: VLM, inputs: Mapping[str, Any], output: Mapping[str, Any], questions: Sequence[str]
+) -> dict[str, Any]:
+    """Build the next turn of a chat, behind what `generate` answered; the prompt stays in the cache.
+
+        with pruned(model, pruner, inputs, request):
+            first = model.generate(**inputs, return_dict_in_generate=True)
+            second = model.generate(**next_turn(vlm, inputs, first, ["and the other one?"]))
+
+    Args:
+        vlm: the model.
+        inputs: what the prompt was, from `prompt_inputs`, or from `next_turn` for a third turn.
+        output: what `generate` returned with `return_dict_in_generate=True`.
+        questions: one for each row of it.
+
+    Returns:
+        `input_ids` and `attention_mask` of the whole conversation, int64 (B, N), and the cache. What stands behind an
+        answer that ended before others is padding.
+
+    Raises:
+        ConfigError: if the output has no cache, a question holds a placeholder of images, or the conversation is longer
+            than the model was made for.
+    """
+    processor, ids, prompt = vlm.processor, output["sequences"], inputs["attention_mask"].shape[1]
+    if len(questions) != len(ids):
+        raise ConfigError(f"{len(ids)} answers take as many questions, got {len(questions)}")
+    answers, stop = ids[:, prompt:], processor.stop_id
+    ended = answers == stop
+    mask = inputs["attention_mask"].repeat_interleave(len(ids) // len(inputs["attention_mask"]), dim=0)
+    # The first stop token belongs to the answer; an answer that was broken off gets its own now.
+    kept = ended.cumsum(dim=1) - ended.long() == 0
+    broken = (~ended.any(dim=1)).tolist()
+    turns = [[stop] * cut + processor.next_turn(question) for cut, question in zip(broken, questions, strict=True)]
+    width = max(map(len, turns))
+    new = ids.new_tensor([[stop] * (width - len(turn)) + turn for turn in turns])
+    there = mask.new_tensor([[0] * (width - len(turn)) + [1] * len(turn) for turn in turns])
+    mask = torch.cat([mask, kept.to(mask), there], dim=1)
+    processor.check_length(int(mask.sum(dim=1).max()), "the conversation")
+    return {
+        "input_ids": torch.cat([ids, new], dim=1),
+        "attention_mask": mask,
+        cache_keyword(vlm.model): cache_of_output(output),
+    }
 
 
 @torch.no_grad()

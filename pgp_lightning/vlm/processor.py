@@ -135,10 +135,37 @@ class Processor:
         return self._single(self.template.stop)
 
     def prompt(self, question: str | None, answer: str | None, order: PromptOrder) -> PromptIds:
-        """Return the ids of one turn; the answer's, if given, end with the stop token."""
+        """Return the ids of one turn; the answer's, if given, end with the stop token.
+
+        Raises:
+            ConfigError: if a text holds a placeholder of images.
+        """
+        self._without_images(question or "", answer or "")
         before, after = self.template.render(question, order)
         ids = self.encode(after)
         return PromptIds(self.encode(before), ids, [] if answer is None else self._answer(after, ids, answer))
+
+    def next_turn(self, question: str) -> list[int]:
+        """Return the ids of a later turn, behind the stop token of the answer before it.
+
+        Raises:
+            ConfigError: if the question holds a placeholder of images.
+        """
+        self._without_images(question)
+        template = self.template
+        return self.encode(f"{template.between}{template.user}{question}{template.separator}{template.assistant}")
+
+    def check_length(self, slots: int, what: str = "the prompt") -> None:
+        """Look whether so many prompt slots are within what the language model was made for.
+
+        Raises:
+            ConfigError: if they are not.
+        """
+        if slots > self.max_length:
+            raise ConfigError(
+                f"{what} takes {slots:,} slots and the model was made for {self.max_length:,}, beyond which it answers "
+                "noise: shorten the question, or tile the image into fewer tiles (max_tiles)"
+            )
 
     def prompt_length(self, question: str, answer: str, visual_tokens: int) -> int:
         """Return how many prompt slots a turn takes."""
@@ -200,6 +227,8 @@ class Processor:
             raise ValueError(f"expected turns of user and assistant, got {[m.role for m in messages]}")
         if PLACEHOLDER in (system or "") + "".join(m.text for m in messages if m.role == "assistant"):
             raise ValueError(f"{PLACEHOLDER} may stand in the user's turns only")
+        if template.context != PLACEHOLDER and any(template.context in m.text for m in messages):
+            raise ValueError(f"texts may not hold {template.context}, whose slots an image takes: write {PLACEHOLDER}")
         placed = sum(message.text.count(PLACEHOLDER) for message in messages)
         if placed != len(left):
             raise ValueError(f"the user's turns hold {placed} {PLACEHOLDER} for {len(left)} images")
@@ -236,6 +265,14 @@ class Processor:
         # A tokenizer may draw the prompt's last characters and the answer's first ones into one token. Then what is
         # generated token by token is the answer by itself.
         return ids[len(head_ids) :] if ids[: len(head_ids)] == head_ids else self.encode(text)
+
+    def _without_images(self, *texts: str) -> None:
+        for mark in (PLACEHOLDER, self.template.context):
+            if any(mark in text for text in texts):
+                raise ConfigError(
+                    f"a question or an answer holds {mark}, which stands for an image: leave it out, the image comes "
+                    "into the prompt by itself (only `Processor.conversation` takes texts with placeholders)"
+                )
 
     def _single(self, text: str) -> int:
         ids = self.encode(text)

@@ -16,6 +16,7 @@ from pgp_lightning.attention import coming_rows, watch_attention
 from pgp_lightning.guides.base import Guide
 from pgp_lightning.prefill import Pruner, Run
 from pgp_lightning.prefill_state import PrefillState
+from pgp_lightning.pruners.guided import Guided
 from pgp_lightning.selection import keep_top
 from pgp_lightning.vlm.family import VLM
 from pgp_lightning.vlm.internvl import InternVL
@@ -303,3 +304,25 @@ def random_masks(request: Request, ratio: float, seed: int = 0) -> Tensor:
 def hooks(model: nn.Module) -> list[tuple[str, int, int]]:
     """Return how many forward hooks every module has."""
     return [(name, len(m._forward_pre_hooks), len(m._forward_hooks)) for name, m in model.named_modules()]
+
+
+def pruners(vlm: VLM, request: Request) -> dict[str, Pruner]:
+    return {
+        "at 0": Guided(Given(), 0, 0.3),
+        "at 2": Masks({2: random_masks(request, 0.4)}),
+        "renumbered": Masks({1: random_masks(request, 0.4)}, renumber=1),
+        "watching": LastRow(3),
+        "glimpse": Glimpse(3, vlm.width),
+    }
+
+
+NAMES = ("at 0", "at 2", "renumbered", "watching", "glimpse")
+
+
+def reference(vlm: VLM, inputs: dict[str, Any], name: str, run: Any, copies: int = 1) -> Masked:
+    """Return what a run left behind, a request's row once."""
+    run.kept[:] = [kept[::copies] for kept in run.kept]
+    masked = masked_by(vlm, inputs, run, renumber=1 if name == "renumbered" else None)
+    if name == "glimpse":
+        masked.decode = [masked.decode[3]] * 3 + list(masked.decode[3:])  # cut from the caches behind
+    return masked

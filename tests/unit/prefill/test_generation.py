@@ -9,54 +9,30 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from pgp_lightning.prefill import Pruner, pruned
-from pgp_lightning.pruners.guided import Guided
+from pgp_lightning.prefill import pruned
 from pgp_lightning.vlm.family import VLM
 from pgp_lightning.vlm.inputs import prompt_inputs
 from pgp_lightning.vlm.loading import as_vlm
-from pgp_lightning.vlm.request import Request
-from tests.masked_reference import Masked, embed, masked_greedy, masked_states
+from tests.masked_reference import embed, masked_greedy, masked_states
 from tests.pairwise import pairwise
 from tests.tiny import row_of
 from tests.unit.prefill.made import (
     CLOSE,
     FAMILIES,
     LAYERS,
+    NAMES,
     STEPS,
-    Given,
-    Glimpse,
-    LastRow,
     Masks,
     ask,
     build,
     masked_by,
+    pruners,
     random_masks,
+    reference,
     shared,
     slots_of,
     without_stop,
 )
-
-
-def pruners(vlm: VLM, request: Request) -> dict[str, Pruner]:
-    return {
-        "at 0": Guided(Given(), 0, 0.3),
-        "at 2": Masks({2: random_masks(request, 0.4)}),
-        "renumbered": Masks({1: random_masks(request, 0.4)}, renumber=1),
-        "watching": LastRow(3),
-        "glimpse": Glimpse(3, vlm.width),
-    }
-
-
-NAMES = ("at 0", "at 2", "renumbered", "watching", "glimpse")
-
-
-def reference(vlm: VLM, inputs: dict[str, Any], name: str, run: Any, copies: int = 1) -> Masked:
-    """Return what a run left behind, a request's row once."""
-    run.kept[:] = [kept[::copies] for kept in run.kept]
-    masked = masked_by(vlm, inputs, run, renumber=1 if name == "renumbered" else None)
-    if name == "glimpse":
-        masked.decode = [masked.decode[3]] * 3 + list(masked.decode[3:])  # cut from the caches behind
-    return masked
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -252,18 +228,6 @@ def test_several_tokens_at_a_time(name: str, family: str):
     whole = torch.cat([embed(vlm, inputs), vlm.model.get_input_embeddings()(new)], dim=1)
     logits, _ = masked_states(vlm, whole, inputs["attention_mask"].bool(), reference(vlm, inputs, name, run))
     torch.testing.assert_close(out.logits, logits[:, -3:], rtol=0, atol=CLOSE)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", NAMES)
-def test_tokens_looked_up_in_the_prompt(name: str, family: str):
-    vlm = shared(family)
-    request = row_of(ask(vlm), 2)
-    inputs = prompt_inputs(vlm, request)
-    with pruned(vlm, pruners(vlm, request)[name], inputs, request):
-        plain = without_stop(vlm, inputs, max_new_tokens=8).sequences
-        guessed = without_stop(vlm, inputs, max_new_tokens=8, prompt_lookup_num_tokens=3).sequences
-    assert torch.equal(plain, guessed)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
