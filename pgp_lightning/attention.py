@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -130,7 +131,7 @@ def coming_parts(
         at_once: attention weights in a part, at least one row; all rows by default.
     """
     attention, slots = layer.self_attn, hidden.shape[1]
-    device = next(attention.q_proj.parameters()).device
+    device = _device_of(attention.q_proj, hidden.device)
     if device.type != "meta":  # weights that are offloaded come to the input
         hidden, valid, rope = hidden.to(device), valid.to(device), (rope[0].to(device), rope[1].to(device))
     states = layer.input_layernorm(hidden)
@@ -141,6 +142,12 @@ def coming_parts(
     places = torch.arange(slots, device=hidden.device)
     for some, own in zip(queries.split(block, dim=2), places[-rows:].split(block), strict=True):
         yield attention_rows(attention, some, keys, (places <= own[:, None]) & valid[:, None])
+
+
+def _device_of(module: nn.Module, otherwise: torch.device) -> torch.device:
+    """Return where a module's weights are; quantised layers hold them as buffers."""
+    part = next(chain(module.parameters(), module.buffers()), None)
+    return otherwise if part is None else part.device
 
 
 def _project(attention: Any, which: str, hidden: Tensor, rope: Rope | None) -> Tensor:  # noqa: ANN401

@@ -31,10 +31,11 @@ from pgp_lightning.training.pgp import PGP
 from pgp_lightning.training.run import checkpoints
 from pgp_lightning.vlm.conversion import converted_tensors
 from pgp_lightning.vlm.family import check_pair, choose_attention
-from pgp_lightning.vlm.loading import load_processor, read_config, resolve_base
+from pgp_lightning.vlm.loading import check_quantised, family_of, load_processor, read_config, resolve_base
 from pgp_lightning.vlm.memory import GIB, device_memory, fit_memory, prune_memory
 from pgp_lightning.vlm.original_config import convert_config, is_original
-from pgp_lightning.vlm.processor import Processor
+from pgp_lightning.vlm.processor import SIDE_CAR, Processor
+from pgp_lightning.vlm.settings import check_chat_format
 from pgp_lightning.vlm.shard_files import INDEX
 
 __all__ = ["examine"]
@@ -190,6 +191,7 @@ def _one_base(case: _Case, named: str, base: str) -> Iterator[Finding]:
         yield found
         return
     size, config, processor = _stored_bytes(folder), read_config(folder), load_processor(str(folder))
+    quantised = check_quantised(config, folder)
     if original := is_original(config):
         built: Any = convert_config(config, processor.context_id)
         converted_tensors(folder, built)  # accounts for every tensor, from the files' headers
@@ -205,6 +207,19 @@ def _one_base(case: _Case, named: str, base: str) -> Iterator[Finding]:
     if max(context, processor.stop_id) >= known:
         raise ConfigError(f"{base!r}: {told}, but there are {known} embeddings: the tokenizer is of another model")
     yield Finding("ok", "tokenizer", f"{told}, at most {processor.max_length:,} slots")
+    yield Finding("ok", "settings", f"{named}: {_settings(folder, config, processor)}")
+    if quantised is not None:
+        yield Finding("warn", "weights", f"{named}: quantised ({quantised}); memory is estimated for whole weights")
+
+
+def _settings(folder: Path, config: dict[str, Any], processor: Processor) -> str:
+    """Say what was taken from files that might say it, and from which."""
+    if (folder / SIDE_CAR).is_file():
+        return f"tiles, chat format and length from {SIDE_CAR}"
+    found = family_of(config, folder).settings(folder, config, processor.tokenizer)
+    told = ", ".join(f"{name} {setting.value} ({setting.source})" for name, setting in found.items())
+    templates = "" if is_original(config) else check_chat_format(folder, processor.tokenizer, processor.template)
+    return f"{told}, chat format of the family" + (f" (agrees with {templates})" if templates else "")
 
 
 def _on_the_hub(named: str, base: str) -> Finding | None:

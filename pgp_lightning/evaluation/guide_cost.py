@@ -165,5 +165,6 @@ def _(guide: AttentionGuide, request: Request) -> list[int | None]:
 
 def _unregistered(module: nn.Module, request: Request) -> list[int | None]:
     """Return what is said of a module that nothing is known of: without parameters it runs no model."""
-    cost = None if next(module.parameters(), None) is not None else 0
+    # Quantised weights are buffers.
+    cost = None if module.state_dict() else 0
     return [cost] * len(request)

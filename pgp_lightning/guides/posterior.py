@@ -281,6 +281,11 @@ class PosteriorGuide(Guide):
 
     def _lay_out(self, prompts: list[Any], request: Request, subset: Subset | None, cut: bool = False) -> Slots:
         kept, mask = subset or (None, None)
+        longest = max(
+            len(prompt.before) + count + (0 if cut else len(prompt.after) + len(prompt.answer))
+            for prompt, count in zip(prompts, request.counts, strict=True)
+        )
+        self.vlm.processor.check_length(longest, "a row of the guide")
         return lay_out(prompts, request.counts, request.tiles.device, kept=kept, kept_mask=mask, cut=cut)
 
     def _decode(self, slots: Slots, visual: Tensor) -> Tensor:

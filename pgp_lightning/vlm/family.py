@@ -21,6 +21,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.vlm.processor import ChatTemplate, Processor
+from pgp_lightning.vlm.settings import Setting
 from pgp_lightning.vlm.tiles import TileRule
 
 __all__ = ["VLM", "Attention", "Facts", "check_pair", "choose_attention", "load_whole", "without_wrapper"]
@@ -89,6 +90,17 @@ class VLM(ABC):
         Raises:
             ConfigError: if the checkpoint is of a kind that is not supported.
         """
+
+    @classmethod
+    def settings(
+        cls, folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None
+    ) -> dict[str, Setting]:
+        """Return by name what `facts` took from files that might say it, and from which.
+
+        Raises:
+            ConfigError: if files contradict each other, or none says it.
+        """
+        return {}
 
     @classmethod
     @abstractmethod
@@ -241,7 +253,7 @@ def load_whole(kind: type[PreTrainedModel], folder: Path, dtype: torch.dtype, at
         model, found = load(
             folder, dtype=dtype, attn_implementation=attention, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ImportError, ValueError) as error:
         reason = " ".join(str(error).split())[:400]
         raise ConfigError(f"{folder} does not load as {kind.__name__}: {reason}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):

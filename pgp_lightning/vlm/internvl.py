@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,16 @@ from pgp_lightning.vlm.conversion import load_original
 from pgp_lightning.vlm.family import VLM, Facts, load_whole
 from pgp_lightning.vlm.original_config import convert_config, image_token_id, is_original
 from pgp_lightning.vlm.processor import ChatTemplate, Processor
+from pgp_lightning.vlm.settings import (
+    CONFIG,
+    Setting,
+    agreed,
+    check_chat_format,
+    check_pixels,
+    image_files,
+    side_of,
+    text_length,
+)
 from pgp_lightning.vlm.tiles import TileRule
 
 __all__ = ["TEMPLATES", "InternVL"]
@@ -59,28 +68,48 @@ class InternVL(VLM):
         Raises:
             ConfigError: if the model is of a kind that is not supported.
         """
+        found = cls.settings(folder, config, tokenizer)
+        text = config.get("llm_config" if is_original(config) else "text_config", {})
+        name = config.get("template") if is_original(config) else "internvl2_5"
+        if name not in TEMPLATES:
+            raise ConfigError(f"{folder} wants the chat format {name!r}; known are {', '.join(TEMPLATES)}")
+        thumbnail = bool(config.get("use_thumbnail", False)) if is_original(config) else True
+        template = replace(TEMPLATES[name], begin=_begin(text, tokenizer))
+        if not is_original(config):
+            check_pixels(folder, image_files(folder), cls.mean, cls.std)
+            check_chat_format(folder, tokenizer, template)
+        side, tokens, least, most = (int(found[key].value) for key in ("side", "tokens", "min_patches", "max_patches"))
+        return Facts(TileRule(side, tokens, least, most, thumbnail), template, int(found["length"].value))
+
+    @classmethod
+    def settings(
+        cls, folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None
+    ) -> dict[str, Setting]:
+        """Return side and tokens a side of tiles, their least and greatest number, and the longest sequence."""
         if is_original(config):
             # Refuses by name what cannot be converted.
             converted: Any = convert_config(config, image_token_id(config, tokenizer))
-            name, text = config.get("template"), config["llm_config"]
             size, patch = converted.vision_config.image_size[0], converted.vision_config.patch_size[0]
             # What the original's class takes a key to be that is not there.
             least, most = config.get("min_dynamic_patch") or 1, config.get("max_dynamic_patch") or 6
-            thumbnail = bool(config.get("use_thumbnail", False))
             if not config.get("dynamic_image_size", False):
                 least, most = 1, 1
+            side, ratio = Setting(size, CONFIG), config.get("downsample_ratio", 0.5)
+            limits = {"min_patches": Setting(least, CONFIG), "max_patches": Setting(most, CONFIG)}
+            length = text_length(config["llm_config"], "qwen2", tokenizer)
         else:
-            name, text, vision = "internvl2_5", config.get("text_config", {}), config.get("vision_config", {})
-            size, patch = _side(vision.get("image_size", 448)), _side(vision.get("patch_size", 14))
-            preprocessing = folder / "preprocessor_config.json"
-            values = json.loads(preprocessing.read_text(encoding="utf-8")) if preprocessing.is_file() else {}
-            least, most, thumbnail = values.get("min_patches") or 1, values.get("max_patches") or 12, True
-        if name not in TEMPLATES:
-            raise ConfigError(f"{folder} wants the chat format {name!r}; known are {', '.join(TEMPLATES)}")
-        side = int(size // patch * config.get("downsample_ratio", 0.5))
-        rule = TileRule(int(size), side, int(least), int(most), thumbnail)
-        template = replace(TEMPLATES[name], begin=_begin(text, tokenizer))
-        return Facts(rule, template, int(text.get("max_position_embeddings", 32768)))
+            vision, files = config.get("vision_config", {}), image_files(folder)
+            patch, ratio = side_of(vision.get("patch_size", 14)) or 14, config.get("downsample_ratio", 0.5)
+            sizes = {name: side_of(values.get("size")) for name, values in files.items()}
+            side = agreed(folder, "the side of a tile", {CONFIG: side_of(vision.get("image_size", 448)), **sizes})
+            silent = {"preprocessor_config.json": None, "processor_config.json": None}
+            limits = {
+                key: agreed(folder, key, silent | {name: values.get(key) for name, values in files.items()})
+                for key in ("min_patches", "max_patches")
+            }
+            length = text_length(config.get("text_config", {}), "qwen2", tokenizer)
+        tokens = int(side.value // patch * ratio)
+        return {"side": side, "tokens": Setting(tokens, CONFIG), **limits, "length": length}
 
     @classmethod
     def load_model(
@@ -111,11 +140,6 @@ class InternVL(VLM):
         """The vision tower's layers, first to last."""
         layers: nn.ModuleList = self.vision_tower.get_submodule("encoder").get_submodule("layer")  # type: ignore[assignment]
         return layers
-
-
-def _side(value: int | list[int]) -> int:
-    """Return a size that transformers writes as a number or as a pair."""
-    return int(value if isinstance(value, int) else value[0])
 
 
 def _begin(text: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> str:

@@ -13,6 +13,16 @@ from transformers import LlavaForConditionalGeneration, PreTrainedModel, PreTrai
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.vlm.family import VLM, Facts, load_whole
 from pgp_lightning.vlm.processor import ChatTemplate, Processor
+from pgp_lightning.vlm.settings import (
+    CONFIG,
+    Setting,
+    agreed,
+    check_chat_format,
+    check_pixels,
+    image_files,
+    side_of,
+    text_length,
+)
 from pgp_lightning.vlm.tiles import TileRule
 
 __all__ = ["VICUNA", "Llava"]
@@ -60,16 +70,30 @@ class Llava(VLM):
                 f"{folder} is a LLaVA checkpoint in the original layout, which holds no vision tower; "
                 "use the converted one, e.g. llava-hf/llava-1.5-7b-hf"
             )
-        vision, text = config["vision_config"], config.get("text_config", {})
+        vision = config["vision_config"]
         if vision.get("model_type") != "clip_vision_model":
             raise ConfigError(f"{folder}: the vision tower must be CLIP, got {vision.get('model_type')!r}")
         for key, wanted in (("vision_feature_select_strategy", "default"), ("vision_feature_layer", -2)):
             if config.get(key, wanted) != wanted:
                 raise ConfigError(f"{folder}: {key} must be {wanted!r} as in LLaVA-1.5, got {config[key]!r}")
+        found = cls.settings(folder, config, tokenizer)
+        check_pixels(folder, image_files(folder), cls.mean, cls.std)
+        check_chat_format(folder, tokenizer, VICUNA)
+        rule = TileRule(found["side"].value, found["tokens"].value, 1, 1, thumbnail=False, fit="pad")
+        return Facts(rule, VICUNA, int(found["length"].value))
+
+    @classmethod
+    def settings(
+        cls, folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None
+    ) -> dict[str, Setting]:
+        """Return side and tokens a side of the tile, and the longest sequence."""
+        vision, files = config["vision_config"], image_files(folder)
         # transformers leaves out what equals its defaults, which are CLIP-B/32's.
-        size, patch = int(vision.get("image_size", 224)), int(vision.get("patch_size", 32))
-        rule = TileRule(size, size // patch, 1, 1, thumbnail=False, fit="pad")
-        return Facts(rule, VICUNA, int(text.get("max_position_embeddings", 2048)))
+        cut = {name: side_of(values.get("crop_size")) for name, values in files.items()}
+        side = agreed(folder, "the side of the image", {CONFIG: int(vision.get("image_size", 224)), **cut})
+        patch = int(vision.get("patch_size", 32))
+        length = text_length(config.get("text_config", {}), "llama", tokenizer)
+        return {"side": side, "tokens": Setting(side.value // patch, CONFIG), "length": length}
 
     @classmethod
     def load_model(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,6 +14,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.vlm.conversion import convert_checkpoint
@@ -20,11 +22,13 @@ from pgp_lightning.vlm.family import VLM, Attention, choose_attention, without_w
 from pgp_lightning.vlm.internvl import InternVL
 from pgp_lightning.vlm.llava import Llava
 from pgp_lightning.vlm.original_config import convert_config, image_token_id, is_original
-from pgp_lightning.vlm.processor import Processor, read_side_car, write_side_car
+from pgp_lightning.vlm.processor import SIDE_CAR, Processor, read_side_car, write_side_car
+from pgp_lightning.vlm.settings import agreed, image_files
 from pgp_lightning.vlm.shard_files import INDEX, SINGLE
 
 __all__ = [
     "as_vlm",
+    "check_quantised",
     "convert_base",
     "family_of",
     "load_processor",
@@ -219,8 +223,12 @@ def _describe(base: str) -> _Described:
         processor = Processor(tokenizer, *facts, family.family)
     elif side_car["family"] == family.family:
         processor = Processor(tokenizer, **side_car)
+        if not is_original(config) and image_files(folder):
+            # transformers has saved a processor of its own beside ours.
+            rule = family.facts(folder, config, tokenizer).rule
+            agreed(folder, "the tile rule", {SIDE_CAR: asdict(processor.rule), "transformers' files": asdict(rule)})
     else:
-        raise ConfigError(f"{folder / 'vlm.json'} must say family {family.family!r}, got {side_car['family']!r}")
+        raise ConfigError(f"{folder / SIDE_CAR} must say family {family.family!r}, got {side_car['family']!r}")
     # A tokenizer of another model is found out here, not as an index error in the middle of training.
     _ = processor.context_id, processor.stop_id
     return _Described(folder, config, family, processor)
@@ -238,6 +246,7 @@ def load_vlm(base: str, dtype: torch.dtype = torch.float32, attention: Attention
         ConfigError: if there is no such model, it is of a kind that is not supported, or it does not fit its tokenizer.
     """
     folder, config, family, processor = _describe(base)
+    check_quantised(config, folder)
     model = family.load_model(folder, config, processor, dtype, choose_attention(attention, dtype))
     vlm = family(model, processor, base)
     known = int(model.get_input_embeddings().get_parameter("weight").shape[0])
@@ -247,6 +256,31 @@ def load_vlm(base: str, dtype: torch.dtype = torch.float32, attention: Attention
     if model.generation_config is not None:
         model.generation_config.eos_token_id = processor.stop_id  # where an answer ends, whatever a file says
     return vlm
+
+
+def check_quantised(config: Mapping[str, Any], folder: Path) -> str | None:
+    """Return how the weights are quantised, None if they are not.
+
+    Raises:
+        ConfigError: says which package is missing, or that it is not supported.
+    """
+    parts = [config, *(config.get(name) or {} for name in ("text_config", "llm_config"))]
+    quantised: dict[str, Any] | None = next(
+        (p["quantization_config"] for p in parts if p.get("quantization_config")), None
+    )
+    if quantised is None:
+        return None
+    method = str(quantised.get("quant_method", "unknown"))
+    if is_original(config):
+        raise ConfigError(
+            f"{folder} is quantised ({method}), in the original layout, which is not supported: use the released one"
+        )
+    try:
+        AutoHfQuantizer.from_config(dict(quantised), pre_quantized=True).validate_environment()
+    except Exception as error:  # ImportError for packages; the methods' own classes raise others
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{folder} is quantised ({method}) and cannot be loaded here: {reason}") from error
+    return method
 
 
 def as_vlm(model: nn.Module) -> VLM:
