@@ -107,7 +107,7 @@ def _verify(given: argparse.Namespace) -> int:
     for split, sources in manifest.splits.items():
         for source in sources:
             _fetch_index(source, cache)
-            index = verify_source(source.folder, source.url, cache)
+            index = verify_source(source.folder, source.url, cache, source.build is not None)
             print(f"{split}/{source.name}: intact: {build_summary(source, index)}")
     return 0
 

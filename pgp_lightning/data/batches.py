@@ -118,6 +118,7 @@ class _Records:
         Raises:
             UnusableRecord: if it cannot be used; for a damaged shard, if the source says so.
             DataError: if the shard is damaged and the source says no more.
+            ConfigError: if the machine fails to read the shard, again and again.
         """
         return self.reader(self._read(source, shard, number), source.max_tiles, self._empty)
 
@@ -126,6 +127,7 @@ class _Records:
 
         Raises:
             DataError: if the shard is damaged and the source says no more.
+            ConfigError: if the machine fails to read the shard, again and again.
         """
 
         def size() -> tuple[int, int]:

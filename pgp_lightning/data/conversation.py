@@ -21,8 +21,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from pgp_lightning.data.machine_faults import refuse_lack_of_memory
 from pgp_lightning.data.records import RawRecord, UnusableRecord, parse_text
 from pgp_lightning.vlm.tiles import Empty, TileGrid, TileRule, cut_tiles, new_tiles
 
@@ -131,6 +132,7 @@ class ConversationReader:
         try:
             tiles, grid = cut_tiles(image, self.processor.rule, limit, empty)
         except _IMAGE_ERRORS as error:
+            refuse_lack_of_memory(error)
             raise UnusableRecord("bad-image", f"{raw.key}: {error}") from error
         if grid != finest or record.get("tokens", grid.tokens) != grid.tokens:
             turns = tuple(replace(turn, relevant=None) for turn in turns)
@@ -178,7 +180,10 @@ def open_image(key: str, data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Ima
     """
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError as error:  # its own words name an object in memory
+        raise UnusableRecord("bad-image", f"{key}: {len(data)} bytes that are no {', '.join(_FORMATS)}") from error
     except _IMAGE_ERRORS as error:
+        refuse_lack_of_memory(error)
         raise UnusableRecord("bad-image", f"{key}: {error}") from error
     if image.width * image.height > max_pixels:
         raise UnusableRecord("bad-image", f"{key}: {image.size} is more than {max_pixels} pixels")

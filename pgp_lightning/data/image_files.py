@@ -8,13 +8,15 @@ GIF (its first frame), BMP and TIFF (its first page) are stored as PNG with the 
 from __future__ import annotations
 
 import io
+import os
 import stat
 import warnings
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from pgp_lightning.data.machine_faults import patiently, refuse_lack_of_memory
 from pgp_lightning.data.records import MAX_MEMBER_BYTES, UnusableRecord
 
 __all__ = ["ImageFolder", "Picture", "check_picture"]
@@ -40,7 +42,7 @@ class ImageFolder:
     """A folder whose images annotations may name, and nothing outside it.
 
     Args:
-        folder: the folder that the annotations' paths are relative to.
+        folder: the folder that the annotations' paths are relative to; an absolute path has to lead into it, too.
         linked: folders outside it to which its symbolic links may lead.
     """
 
@@ -53,27 +55,39 @@ class ImageFolder:
 
         Raises:
             UnusableRecord: if the path leads out of the folder, there is no such file, or it is too large.
+            ConfigError: if the machine fails to read it, again and again.
         """
-        # A drive or a backslash would make a path absolute on Windows only; no honest annotation has one.
-        if not name.strip() or "\\" in name or "\0" in name or PureWindowsPath(name).anchor:
+        # A drive or a backslash means something on Windows only; no honest annotation has one.
+        if not name.strip() or "\\" in name or "\0" in name or PureWindowsPath(name).drive:
             raise UnusableRecord("unsafe-path", f"expected a path inside {self.folder}, got {name!r}")
+        named = self._allowed[0] / name
         try:
-            path = (self.folder / name).resolve()
-        except (OSError, RuntimeError, ValueError) as error:  # a circle of links, or no name of a file
-            raise UnusableRecord("unsafe-path", f"{name!r} cannot be followed ({error})") from error
-        if not any(path.is_relative_to(folder) for folder in self._allowed):
-            raise UnusableRecord("unsafe-path", f"{name!r} leads out of {self.folder}, to {path}")
-        try:
-            found = path.stat()
-            if not stat.S_ISREG(found.st_mode):  # opening a pipe or a device could wait for ever
-                raise UnusableRecord("missing-image", f"{path} is no file")
-            if found.st_size > MAX_MEMBER_BYTES:
-                raise UnusableRecord("image-too-large", f"{path}: {found.st_size} bytes, limit {MAX_MEMBER_BYTES}")
-            return path.read_bytes()
+            os.fsencode(named)
+            return patiently(named, lambda: self._read(named, name))
+        except UnicodeEncodeError as error:
+            raise UnusableRecord("missing-image", f"{name!r:.200} is no name of a file: {error.reason}") from error
         except OSError as error:
-            raise UnusableRecord("missing-image", f"{path}: {error.strerror}") from error
-        except ValueError as error:
-            raise UnusableRecord("missing-image", f"{path!s:.200}: {error}") from error
+            raise UnusableRecord("missing-image", f"{named!s:.200}: {error.strerror}") from error
+
+    def _read(self, named: Path, name: str) -> bytes:
+        """Return the bytes of a file inside the folder."""
+        try:
+            path = Path(os.path.realpath(named, strict=True))
+        except OSError:
+            self._check(Path(os.path.realpath(named)), name)  # what leads out is no better for leading nowhere
+            raise
+        self._check(path, name)
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # opening a pipe or a device could wait for ever
+            raise UnusableRecord("missing-image", f"{path} is no file")
+        if found.st_size > MAX_MEMBER_BYTES:
+            raise UnusableRecord("image-too-large", f"{path}: {found.st_size} bytes, limit {MAX_MEMBER_BYTES}")
+        return path.read_bytes()
+
+    def _check(self, path: Path, name: str) -> None:
+        """Refuse a path that leads out of the folder."""
+        if not any(path.is_relative_to(folder) for folder in self._allowed):
+            raise UnusableRecord("unsafe-path", f"{name!r:.200} leads out of {self.folder}, to {path!s:.200}")
 
 
 def check_picture(data: bytes, max_pixels: int) -> Picture:
@@ -96,7 +110,10 @@ def check_picture(data: bytes, max_pixels: int) -> Picture:
         raise UnusableRecord("image-too-large", str(error)) from error
     except (UnusableRecord, MemoryError):
         raise
+    except UnidentifiedImageError as error:  # its own words name an object in memory
+        raise UnusableRecord("bad-image", f"{len(data)} bytes that are none of {', '.join(_OPENED)}") from error
     except Exception as error:  # what decoders raise for hostile bytes is not a closed list
+        refuse_lack_of_memory(error)
         raise UnusableRecord("bad-image", f"{type(error).__name__}: {error}") from error
 
 

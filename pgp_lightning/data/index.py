@@ -29,6 +29,7 @@ class Shard:
         sha256: its SHA-256 in hexadecimal digits.
         url: where it is fetched from; None for one that is read in place.
         rejected: records of its part of the raw data that were left out while it was built.
+        rebuildable: whether something can build its source again.
     """
 
     path: Path
@@ -37,6 +38,14 @@ class Shard:
     sha256: str
     url: str | None = field(default=None, repr=False)  # may hold a password
     rejected: int = 0
+    rebuildable: bool = field(default=False, repr=False, compare=False)
+
+    @property
+    def remedy(self) -> str:
+        """What to do about it when it is damaged."""
+        if self.url is not None:
+            return f"delete {self.path}, and it is fetched again"
+        return _remedy(self.path.parent, self.rebuildable)
 
     @property
     def shown(self) -> str:
@@ -55,6 +64,7 @@ class Index:
         builder: all that the records depend on.
         rejected: reason to number of raw records that were left out while the shards were built.
         totals: what else was counted over all records, such as turns and characters.
+        rebuildable: whether something can build the source again.
     """
 
     folder: Path
@@ -63,6 +73,12 @@ class Index:
     builder: Mapping[str, Any]
     rejected: Mapping[str, int] = field(default_factory=dict)
     totals: Mapping[str, int] = field(default_factory=dict)
+    rebuildable: bool = field(default=False, repr=False, compare=False)
+
+    @property
+    def remedy(self) -> str:
+        """What to do about it when it is damaged."""
+        return _remedy(self.folder, self.rebuildable)
 
     @property
     def samples(self) -> int:
@@ -70,30 +86,38 @@ class Index:
         return sum(shard.samples for shard in self.shards)
 
     @classmethod
-    def load(cls, folder: Path, url: str | None = None) -> Index:
+    def load(cls, folder: Path, url: str | None = None, rebuildable: bool = False) -> Index:
         """Read `index.json` in a folder.
 
         Args:
             folder: a source's folder, or the one in which the cache keeps its files.
             url: the source's URL, if its shards are fetched.
+            rebuildable: whether something can build the source again, so that messages may advise to delete it.
 
         Raises:
             FileNotFoundError: if there is none.
             DataError: if it is not an index of this version, naming the file and the key.
         """
         file = folder / INDEX_FILE
+        remedy = _remedy(folder, rebuildable or url is not None)
         try:
             value = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{file} is not JSON ({error}): delete {folder} and build it again") from error
+            raise DataError(f"{file} is not JSON ({error}): {remedy}") from error
         keys = ("version", "source", "samples", "shards", "builder", "rejected", "totals")
         top = Section(file, "", value, keys, DataError)
         if (version := top.get("version")) != INDEX_VERSION:
-            raise top.problem("version", f"expected {INDEX_VERSION}, got {version!r}: delete {folder}, build it again")
+            raise top.problem("version", f"expected {INDEX_VERSION}, got {version!r}: {remedy}")
         entries = top.sections("shards", ("file", "samples", "bytes", "sha256", "rejected"))
-        shards = tuple(_shard(entry, folder, url) for entry in entries)
+        shards = tuple(_shard(entry, folder, url, rebuildable) for entry in entries)
         index = cls(
-            folder, top.text("source"), shards, top.mapping("builder"), top.counts("rejected"), top.counts("totals")
+            folder,
+            top.text("source"),
+            shards,
+            top.mapping("builder"),
+            top.counts("rejected"),
+            top.counts("totals"),
+            rebuildable,
         )
         if top.integer("samples") != index.samples:
             raise top.problem("samples", f"expected the shards' sum {index.samples}, got {top.get('samples')}")
@@ -108,14 +132,20 @@ class Index:
             DataError: naming the first shard that is missing or has another size.
         """
         for shard in self.shards:
-            remedy = f"delete {self.folder} and build or fetch it again"
             if not shard.path.is_file():
-                raise DataError(f"{shard.path} is missing, though {INDEX_FILE} lists it: {remedy}")
+                raise DataError(f"{shard.path} is missing, though {INDEX_FILE} lists it: {self.remedy}")
             if (size := shard.path.stat().st_size) != shard.bytes:
-                raise DataError(f"{shard.path} has {size} bytes, {INDEX_FILE} promises {shard.bytes}: {remedy}")
+                raise DataError(f"{shard.path} has {size} bytes, {INDEX_FILE} promises {shard.bytes}: {self.remedy}")
 
 
-def _shard(entry: Section, folder: Path, url: str | None) -> Shard:
+def _remedy(folder: Path, rebuildable: bool) -> str:
+    """Return what to do about a damaged source on this machine."""
+    if rebuildable:
+        return f"delete {folder}, and build or fetch it again"
+    return f"copy it again from where it came from, or correct {INDEX_FILE}; nothing here can make it anew"
+
+
+def _shard(entry: Section, folder: Path, url: str | None, rebuildable: bool) -> Shard:
     """Read one shard's entry in an index."""
     name, rejected = entry.bare_name("file"), entry.integer("rejected", 0, low=0)
     try:
@@ -123,4 +153,4 @@ def _shard(entry: Section, folder: Path, url: str | None) -> Shard:
     except ValueError as error:
         raise entry.problem("file", str(error)) from error
     samples, size, digest = entry.integer("samples"), entry.integer("bytes"), entry.text("sha256")
-    return Shard(folder / name, samples, size, digest, own_url, rejected)
+    return Shard(folder / name, samples, size, digest, own_url, rejected, rebuildable)

@@ -23,6 +23,7 @@ Records are kept whole or left out, under these reasons:
 from __future__ import annotations
 
 import math
+import os
 import re
 from functools import cached_property
 from pathlib import Path
@@ -53,14 +54,14 @@ class InstructionRecords:
 
     Args:
         annotations: a `.jsonl` or `.json` file.
-        images: the folder that the records' image paths are relative to; no path may leave it.
+        images: the folder that the records' image paths are relative to; no path may leave it, an absolute one neither.
         linked: folders outside `images` to which symbolic links in it may lead.
         boxes: what the coordinates count: pixels (of the record's own `width` and `height`, where it has them),
             thousandths, or fractions of the image.
         max_pixels: largest image that is taken.
 
     Raises:
-        ConfigError: if `boxes` or `max_pixels` is none of these.
+        ConfigError: if `boxes` or `max_pixels` is none of these, or a folder is the root of the file system.
     """
 
     def __init__(
@@ -75,6 +76,12 @@ class InstructionRecords:
             raise ConfigError(f"boxes must be one of {', '.join(get_args(BoxFormat))}, got {boxes!r}")
         if max_pixels < 1:
             raise ConfigError(f"max_pixels must be at least 1, got {max_pixels}")
+        for setting, folder in (("images", images), *(("linked", folder) for folder in linked or ())):
+            if os.path.realpath(folder) == os.path.realpath(os.sep):
+                raise ConfigError(
+                    f"{setting}: {folder!r} is the root of the file system, so annotations could name any file of this "
+                    f"machine: give the folder of the images; absolute paths that lead into it are accepted"
+                )
         self.annotations, self.images, self.linked = annotations, images, list(linked or ())
         self.boxes, self.max_pixels = boxes, max_pixels
         # A key is made of file and position: ids are missing, repeated, or no names of files.

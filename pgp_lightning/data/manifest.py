@@ -120,7 +120,7 @@ class Source:
                 f"{self.manifest}: source {self.name!r} of split {self.split!r}: "
                 f"{self.folder / INDEX_FILE} does not exist: {remedy}"
             )
-        index = Index.load(self.folder, self.url)
+        index = Index.load(self.folder, self.url, self.build is not None)
         if self.url is None and self.on_damage == "fail":
             index.check_files()
         return index

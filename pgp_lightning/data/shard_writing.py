@@ -58,7 +58,7 @@ def write_shard(builder: SampleBuilder, task: ShardTask, advance: Callable[[], N
     """Write one shard, then its entry, which is returned; each appears under its name when it is complete.
 
     Raises:
-        ConfigError: if the builder makes what cannot be read back.
+        ConfigError: if the builder makes what cannot be read back, or memory runs out.
     """
     temporary = _temporary(task.part)
     try:
@@ -83,6 +83,11 @@ def _fill(path: Path, builder: SampleBuilder, task: ShardTask, advance: Callable
                     key, members, sizes = _members(builder, number)
                 except UnusableRecord as error:
                     report.append({"record": number, "key": error.key, "reason": error.reason, "detail": error.detail})
+                except MemoryError as error:
+                    raise ConfigError(
+                        f"{path.parent}: memory ran out at record {number}, for which it is not left out: build again, "
+                        f"with fewer workers or more memory; finished shards are kept"
+                    ) from error
                 else:
                     if key in keys:
                         raise ConfigError(f"record {number}: expected a new key, got {key!r} again")

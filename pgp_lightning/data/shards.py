@@ -12,9 +12,10 @@ import json
 import os
 import tarfile
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ import numpy as np
 from webdataset.tariterators import group_by_keys
 
 from pgp_lightning.data.index import INDEX_FILE, Index, Shard
+from pgp_lightning.data.machine_faults import patiently
 from pgp_lightning.data.records import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, RawRecord
 from pgp_lightning.data.remote import ShardCache
+from pgp_lightning.data.shard_names import broken_rule, key_and_extension
 from pgp_lightning.data.shard_writing import file_sha256
 from pgp_lightning.data.writing import REJECTED_FILE
 from pgp_lightning.errors import DataError
@@ -33,58 +36,52 @@ __all__ = ["ShardReader", "verify_source"]
 _MAX_HEADER_BYTES = 1 << 20
 
 
-def verify_source(folder: str | Path, url: str | None = None, cache: ShardCache | None = None) -> Index:
+def verify_source(
+    folder: str | Path, url: str | None = None, cache: ShardCache | None = None, rebuildable: bool = False
+) -> Index:
     """Read all shards of a source and check sizes, SHA-256, record counts and the report of rejected records.
 
     Args:
         folder: where its index and shards are, or where its index was fetched to.
         url: where its shards are fetched from, if they are; the report stays there and is not checked.
         cache: what fetches them.
+        rebuildable: whether something can build them again, so that messages may advise to delete what is damaged.
 
     Raises:
-        ConfigError: if a shard cannot be fetched with these settings.
+        ConfigError: if a shard cannot be fetched with these settings, or the machine fails to read one.
         DataError: naming the first file that is not as promised.
     """
     folder = Path(folder)
     try:
-        index = Index.load(folder, url)
+        index = Index.load(folder, url, rebuildable)
     except FileNotFoundError as error:
         raise DataError(f"{folder / INDEX_FILE} does not exist: build or fetch the source") from error
     if url is None:
         index.check_files()
     for shard in index.shards:
         with _held(shard, cache) as there:
-            if file_sha256(there.path) != shard.sha256:
-                raise DataError(f"{shard.shown} has another SHA-256 than {INDEX_FILE} promises: {_remedy(there)}")
+            if patiently(there.path, partial(file_sha256, there.path)) != shard.sha256:
+                raise DataError(f"{shard.shown} has another SHA-256 than {INDEX_FILE} promises: {there.remedy}")
             _Table(there)
     if index.totals and index.totals.get("records") != index.samples:
-        raise DataError(f"{folder / INDEX_FILE}: totals.records is not the shards' sum {index.samples}: rebuild it")
-    if url is None and index.rejected and (listed := _reported(folder / REJECTED_FILE)) != dict(index.rejected):
+        raise DataError(f"{folder / INDEX_FILE}: totals.records is not the shards' sum {index.samples}: {index.remedy}")
+    if url is None and index.rejected and (listed := _reported(index)) != dict(index.rejected):
         raise DataError(
-            f"{folder / REJECTED_FILE} lists {listed}, {INDEX_FILE} promises {dict(index.rejected)}: delete {folder}, "
-            f"rebuild it"
+            f"{folder / REJECTED_FILE} lists {listed}, {INDEX_FILE} promises {dict(index.rejected)}: {index.remedy}"
         )
     return index
 
 
-def _reported(file: Path) -> dict[str, int]:
+def _reported(index: Index) -> dict[str, int]:
     """Return the number of rejected records by reason that a report lists; none if there is no report."""
+    file = index.folder / REJECTED_FILE
     try:
         with file.open(encoding="utf-8") as lines:
             return dict(Counter(str(json.loads(line)["reason"]) for line in lines))
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f"{file} is no report of rejected records ({error}): delete {file.parent}, rebuild it"
-        ) from error
-
-
-def _remedy(shard: Shard) -> str:
-    """Return what to do about a damaged shard that lies on a disk."""
-    if shard.url is None:
-        return f"delete {shard.path.parent} and build or fetch it again"
-    return f"delete {shard.path}, and it is fetched again"
+        raise DataError(f"{file} is no report of rejected records ({error}): {index.remedy}") from error
 
 
 @contextmanager
@@ -104,37 +101,47 @@ class _Table:
 
     Raises:
         DataError: if the shard is missing, damaged, not a plain tar, or not as long as the index promises.
+        ConfigError: if the machine fails to read it, again and again.
     """
 
     def __init__(self, shard: Shard) -> None:
-        self.keys: list[str] = []
-        spans: list[tuple[int, int, int, int]] = []
-        name, remedy = shard.shown, _remedy(shard)
         try:
-            with _HeaderFile(shard.path.open("rb", buffering=0)) as file:
-                size = os.fstat(file.fileno()).st_size
-                if size != shard.bytes:
-                    raise DataError(f"{name} has {size} bytes, {INDEX_FILE} promises {shard.bytes}: {remedy}")
-                with tarfile.open(fileobj=file, mode="r:") as tar:  # "r:" is plain tar only: nothing to inflate
-                    for sample in group_by_keys(_headers(tar, shard)):
-                        # A name that is no UTF-8 comes with surrogates, which cannot be written to any report.
-                        key = Path(sample["__key__"]).name.encode(errors="backslashreplace").decode()
-                        self.keys.append(key)
-                        image = next((sample[ext] for ext in IMAGE_EXTENSIONS if ext in sample), (-1, 0))
-                        spans.append((*image, *sample.get("json", (-1, 0))))
-        except FileNotFoundError as error:
-            raise DataError(f"{name} is missing, though {INDEX_FILE} lists it: {remedy}") from error
-        except (tarfile.TarError, OSError) as error:
-            raise DataError(f"{name} cannot be read as a plain tar ({error}): {remedy}") from error
-        except ValueError as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{name}: two members have one name ({error.args[0]}): {remedy}") from error
-        if len(spans) != shard.samples:
-            raise DataError(
-                f"{name}: {INDEX_FILE} promises {shard.samples} records, the shard ends after {len(spans)}: {remedy}"
-            )
-        self.spans = np.array(spans, dtype=np.int64)
+            self.keys, self.spans = patiently(shard.path, lambda: _table(shard))
+        except OSError as error:
+            raise DataError(f"{shard.shown} is missing, though {INDEX_FILE} lists it: {shard.remedy}") from error
+
+
+def _table(shard: Shard) -> tuple[list[str], np.ndarray]:
+    """Return the keys of a shard's records, and their images' and texts' offsets and sizes, int64 (n, 4)."""
+    keys: list[str] = []
+    spans: list[tuple[int, int, int, int]] = []
+    names: list[str] = []
+    name, remedy = shard.shown, shard.remedy
+    try:
+        with _HeaderFile(shard.path.open("rb", buffering=0)) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != shard.bytes:
+                raise DataError(f"{name} has {size} bytes, {INDEX_FILE} promises {shard.bytes}: {remedy}")
+            with tarfile.open(fileobj=file, mode="r:") as tar:  # "r:" is plain tar only: nothing to inflate
+                for sample in group_by_keys(_headers(tar, shard, names), key_and_extension):
+                    # A name that is no UTF-8 comes with surrogates, which cannot be written to any report.
+                    keys.append(_readable(Path(sample["__key__"]).name))
+                    image = next((sample[ext] for ext in IMAGE_EXTENSIONS if ext in sample), (-1, 0))
+                    spans.append((*image, *sample.get("json", (-1, 0))))
+    except tarfile.TarError as error:
+        raise DataError(f"{name} cannot be read as a plain tar ({error}): {remedy}") from error
+    except ValueError as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{name}: {_readable(broken_rule(names) or str(error.args[0]))}") from error
+    if len(spans) != shard.samples:
+        told = _readable(broken_rule(names)) or remedy
+        raise DataError(f"{name}: {INDEX_FILE} promises {shard.samples} records, the shard has {len(spans)}: {told}")
+    return keys, np.array(spans, dtype=np.int64)
+
+
+def _readable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
 
 
 class _HeaderFile(io.BufferedReader):
@@ -150,8 +157,14 @@ class _HeaderFile(io.BufferedReader):
         return super().read(size)
 
 
-def _headers(tar: tarfile.TarFile, shard: Shard) -> Iterable[dict[str, Any]]:
-    """Yield a shard's regular files as WebDataset's file samples, with offset and size in place of the data."""
+def _headers(tar: tarfile.TarFile, shard: Shard, names: list[str]) -> Iterable[dict[str, Any]]:
+    """Yield a shard's regular files as WebDataset's file samples, with offset and size in place of the data.
+
+    Args:
+        tar: the shard.
+        shard: where it is, and what is promised of it.
+        names: gets the files' names.
+    """
     while (member := tar.next()) is not None:
         if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
             continue
@@ -159,6 +172,7 @@ def _headers(tar: tarfile.TarFile, shard: Shard) -> Iterable[dict[str, Any]]:
             raise DataError(f"{shard.shown}: {member.name} has {member.size} bytes, the limit is {MAX_MEMBER_BYTES}")
         if member.offset_data + member.size > shard.bytes:
             raise tarfile.ReadError(f"{member.name} ends after the file does")
+        names.append(member.name)
         yield {"fname": member.name, "data": (member.offset_data, member.size), "__url__": str(shard.path)}
 
 
@@ -179,12 +193,12 @@ class ShardReader:
 
         Raises:
             DataError: if the shard is not as the index promises.
+            ConfigError: if the machine fails to read it, again and again.
         """
         with _held(shard, self.cache) as held:
             table = self._table(held)
             image, image_size, text, text_size = table.spans[number].tolist()
-            with held.path.open("rb") as file:
-                members = list(_pieces(file, held, ((image, image_size), (text, text_size))))
+            members = _pieces(held, ((image, image_size), (text, text_size)))
         return RawRecord(table.keys[number], *members)
 
     def read_text(self, shard: Shard, number: int) -> bytes | None:
@@ -192,17 +206,18 @@ class ShardReader:
 
         Raises:
             DataError: if the shard is not as the index promises.
+            ConfigError: if the machine fails to read it, again and again.
         """
         with _held(shard, self.cache) as held:
             _, _, text, size = self._table(held).spans[number].tolist()
-            with held.path.open("rb") as file:
-                return next(_pieces(file, held, ((text, size),)))
+            return _pieces(held, ((text, size),))[0]
 
     def describe(self, shard: Shard, number: int) -> tuple[str, int | None]:
         """Return a record's key and its image's size in bytes, None if it has none; nothing but headers is read.
 
         Raises:
             DataError: if the shard is not as the index promises.
+            ConfigError: if the machine fails to read it, again and again.
         """
         with _held(shard, self.cache) as held:
             table = self._table(held)
@@ -220,14 +235,21 @@ class ShardReader:
         return table
 
 
-def _pieces(file: io.BufferedReader, shard: Shard, spans: Iterable[tuple[int, int]]) -> Iterator[bytes | None]:
-    """Yield the bytes of each span, None for a negative offset."""
-    for offset, size in spans:
-        if offset < 0:
-            yield None
-            continue
-        file.seek(offset)
-        data = file.read(size)
-        if len(data) < size:
-            raise DataError(f"{shard.shown} became shorter while it was read: nothing may write to shards in use")
-        yield data
+def _pieces(shard: Shard, spans: Sequence[tuple[int, int]]) -> list[bytes | None]:
+    """Return the bytes of each span, None for a negative offset."""
+
+    def pieces() -> Iterator[bytes | None]:
+        with shard.path.open("rb") as file:
+            for offset, size in spans:
+                if offset < 0:
+                    yield None
+                    continue
+                file.seek(offset)
+                data = file.read(size)
+                if len(data) < size:
+                    raise DataError(
+                        f"{shard.shown} became shorter while it was read: nothing may write to shards in use"
+                    )
+                yield data
+
+    return patiently(shard.path, lambda: list(pieces()))

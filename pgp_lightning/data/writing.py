@@ -66,6 +66,8 @@ def make_builder(source: Source) -> SampleBuilder:
         builder = cls(**source.build.init_args)
     except TypeError as error:
         raise ConfigError(f"{place}: {source.build.class_path} refuses its init_args ({error})") from error
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from error
     if not isinstance(builder, SampleBuilder):
         raise ConfigError(f"{place}: {source.build.class_path} must have __len__, __getitem__ and identity")
     return builder
@@ -117,11 +119,11 @@ def excess_rejects(source: Source, index: Index) -> str | None:
     total = index.samples + bad
     if bad <= source.allowed_rejects * total:
         return None
+    anew = f"Repair the data and delete {source.folder} to build it again, or raise" if source.build else "Raise"
     return (
         f"source {source.name!r} of split {source.split!r}: {bad} of {total} records ({bad / total:.1%}) were rejected "
         f"while its shards were built, allowed are {source.allowed_rejects:.1%}: {_reasons(index.rejected)}. "
-        f"{source.folder / REJECTED_FILE} names them. Repair the data and delete {source.folder} to build it again, or "
-        f"raise the source's allowed_rejects in the manifest"
+        f"{source.folder / REJECTED_FILE} names them. {anew} the source's allowed_rejects in the manifest"
     )
 
 
@@ -159,7 +161,7 @@ def write_source(
         identity = json.loads(json.dumps(builder.identity(), sort_keys=True))
     except FileNotFoundError as error:
         if (folder / INDEX_FILE).is_file():
-            return Index.load(folder)
+            return Index.load(folder, rebuildable=True)
         raise ConfigError(f"{folder} has no shards, and what they would be made of is missing: {error}") from error
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     text = json.dumps([identity, samples_per_shard], sort_keys=True)
@@ -172,7 +174,7 @@ def write_source(
         with build_lock(part / "lock", waiting) as held:
             if held and not _occupied(folder):
                 _Build(part, folder, builder, identity, samples_per_shard).run(workers, _bar(folder, console, progress))
-                return Index.load(folder)
+                return Index.load(folder, rebuildable=True)
     if part.exists() and not (part / "files").exists():  # all but this was done when the process died
         shutil.rmtree(part, ignore_errors=True)
     return _existing(folder, identity)
@@ -198,7 +200,7 @@ def _occupied(folder: Path) -> bool:
 def _existing(folder: Path, identity: dict[str, Any]) -> Index:
     """Return the index of a folder that is there already, if it holds what we would have written."""
     try:
-        index = Index.load(folder)
+        index = Index.load(folder, rebuildable=True)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"{folder} exists but has no {INDEX_FILE}: move it away or choose another root") from error
     if index.builder != identity:

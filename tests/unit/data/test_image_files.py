@@ -6,9 +6,11 @@ import io
 import os
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from data_world import picture
 from PIL import Image
 from raw_world import raw, write_raw
@@ -16,6 +18,7 @@ from raw_world import raw, write_raw
 from pgp_lightning.data.image_files import ImageFolder, check_picture
 from pgp_lightning.data.instructions import InstructionRecords
 from pgp_lightning.data.records import UnusableRecord
+from pgp_lightning.tools import main
 
 NOISE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
@@ -80,7 +83,7 @@ def test_paths_inside_the_folder(folder: Path) -> None:
         ("outside.png", "unsafe-path"),
         ("linked/three.png", "unsafe-path"),
         ("linked/../secret.png", "unsafe-path"),
-        ("circle", "unsafe-path"),
+        ("circle", "missing-image"),
         ("..\\secret.png", "unsafe-path"),
         ("C:/secret.png", "unsafe-path"),
         ("one\0.png", "unsafe-path"),
@@ -104,6 +107,38 @@ def test_links_may_lead_where_the_caller_says(folder: Path) -> None:
         allowed.read("outside.png")
     options = write_raw(folder.parent, [raw(image="linked/three.png")])
     assert InstructionRecords(**options, linked=[str(folder.parent / "else")])[0][1] == picture(3)
+
+
+def test_absolute_paths_may_lead_into_the_folder_and_nowhere_else(folder: Path) -> None:
+    (folder.parent / "alias").symlink_to(folder)
+    for name in (
+        folder / "sub/two.png",
+        folder / "inside.png",
+        folder / "sub/../one.png",
+        folder.parent / "alias/one.png",
+    ):
+        assert ImageFolder(folder).read(str(name)) in (picture(), picture(2))
+    assert InstructionRecords(**write_raw(folder.parent, [raw(image=str(folder / "sub/two.png"))]))[0][1] == picture(2)
+    for name in (folder.parent / "secret.png", folder / "outside.png", folder / "../secret.png", Path("/root/nowhere")):
+        with pytest.raises(UnusableRecord, match=r"unsafe-path: .* leads out of"):
+            ImageFolder(folder).read(str(name))
+    with pytest.raises(UnusableRecord, match="missing-image"):
+        ImageFolder(folder).read(str(folder / "none.png"))
+
+
+@pytest.mark.parametrize("setting", [{"images": "/"}, {"images": "/tmp/.."}, {"linked": ["/"]}])
+def test_the_root_of_the_file_system_is_no_folder_of_images(
+    tmp_path: Path, setting: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = {**write_raw(tmp_path, [raw(image="/etc/hostname")]), **setting}
+    build = {"class_path": "pgp_lightning.data.instructions.InstructionRecords", "init_args": arguments}
+    splits = {"train": [{"name": "s", "build": build}]}
+    content = {"name": "m", "licence": "none", "root": str(tmp_path / "out"), "splits": splits}
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump(content))
+    assert main(["shards", "build", str(tmp_path / "m.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert "m.yaml: source 's'" in error and "the root of the file system, so annotations could name any file" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_larger_than_a_shard_holds_is_not_read(folder: Path) -> None:
