@@ -77,7 +77,8 @@ def _fetch_index(source: Source, cache: ShardCache) -> None:
 
 def _build(given: argparse.Namespace) -> int:
     from pgp_lightning.data.roots import public
-    from pgp_lightning.data.writing import build_summary, excess_rejects, make_source
+    from pgp_lightning.data.writing import build_summary, excess_rejects, listed_rejects, make_source
+    from pgp_lightning.evaluation.html_page import printable
 
     manifest, _ = _opened(given)
     if manifest.url is not None:
@@ -89,6 +90,8 @@ def _build(given: argparse.Namespace) -> int:
         for source in sources:
             index = make_source(source, given.workers)
             print(f"{split}/{source.name}: there: {build_summary(source, index)}")
+            for line in listed_rejects(index):
+                print(printable(line))
             if problem := excess_rejects(source, index):
                 problems.append(problem)
     for problem in problems:

@@ -1,22 +1,24 @@
-r"""Instruction data as InternVL and LLaVA publish it, made into records: `build:` of the public mixtures.
+r"""Instruction data as it is published, made into records: `build:` of the public mixtures.
 
-An annotation file has one record a line (`.jsonl`), or is one list of them (LLaVA's `.json`):
+An annotation file has one record a line, or is one list of them (LLaVA's `.json`):
 
     {"id": 17, "image": "coco/train2017/000000000009.jpg",
      "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]}
 
-`user` and `assistant` may stand for `human` and `gpt`; a system turn may come first. A record with `question` and
-`answer` in place of `conversations`, as visual chains of thought have it, is one turn.
+or has another of the layouts of `layouts.py`.
 
 Records are kept whole or left out, under these reasons:
 
 - `bad-encoding`, `bad-json`, `record-too-large`: the line is not UTF-8, no JSON object, or longer than 4 MiB;
+- `unknown-layout`: it is laid out in none of the ways that are read;
 - `no-conversation`: there are no turns;
 - `bad-turns`: they do not alternate human, gpt, ..., gpt, or are no turns;
 - `empty-question`, `empty-answer`: a turn lacks its text;
 - `bad-text`: a text holds a placeholder of images, apart from one `<image>` in the first question;
 - `bad-boxes`: boxes that are none;
 - `text-only`, `several-images`, `video`: there is not exactly one image;
+- `image-not-named`: a text, or an unknown key, speaks of an image, but no known key names one;
+- `image-no-file`: it is a URL, or stands in the record itself;
 - `unsafe-path`, `missing-image`, `image-too-large`, `bad-image`: it cannot be had, see `image_files.py`.
 """
 
@@ -31,6 +33,7 @@ from typing import Any, Literal, get_args
 
 from pgp_lightning.data.annotations import Annotations
 from pgp_lightning.data.image_files import ImageFolder, Picture, check_picture
+from pgp_lightning.data.layouts import PLACEHOLDER, Laid, read_layout
 from pgp_lightning.data.records import UnusableRecord
 from pgp_lightning.errors import ConfigError
 
@@ -38,10 +41,8 @@ __all__ = ["InstructionRecords"]
 
 BoxFormat = Literal["pixels", "thousandths", "fractions"]
 
-_FORMAT = 1  # part of the identity: raise it when the same annotations make other records
-_IMAGE = "<image>"
-_PLACEHOLDERS = (_IMAGE, "<IMG_CONTEXT>", "<img>", "</img>")
-_ROLES = {"human": "question", "user": "question", "gpt": "answer", "assistant": "answer"}
+_FORMAT = 2  # part of the identity: raise it when the same annotations make other records
+_PLACEHOLDERS = (PLACEHOLDER, "<IMG_CONTEXT>", "<img>", "</img>")
 _BOX_KEYS = ("boxes", "bboxes", "bboxs", "bbox")
 
 
@@ -110,17 +111,19 @@ class InstructionRecords:
         if not 0 <= index < len(self):
             raise IndexError(index)
         key = f"{self._stem}-{index:08d}"
+        source: dict[str, Any] = {}
+        laid: Laid | None = None
         try:
             source = self._lines.read(index)
-            image = _image_path(source)  # first: several images have as many placeholders, which would be bad text
-            record: dict[str, Any] = _conversation(source)
-            picture = check_picture(self._images.read(image), self.max_pixels)
-            self._place_boxes(source, record, picture)
+            laid = read_layout(source)
+            record = _conversation(laid)
+            picture = check_picture(self._images.read(laid.image), self.max_pixels)
+            self._place_boxes(source, laid, record, picture)
         except UnusableRecord as error:
-            raise UnusableRecord(error.reason, error.detail, key) from error
-        record |= {"width": picture.width, "height": picture.height}
-        if isinstance(source.get("id"), str | int):
-            record["id"] = str(source["id"])
+            where: dict[str, str | int] = {"file": self.annotations, "line": int(self._lines.lines[index])}
+            where |= _known_as(source) | ({"image": laid.image} if laid else {})
+            raise UnusableRecord(error.reason, error.detail, key, where) from error
+        record |= {"width": picture.width, "height": picture.height, **_known_as(source)}
         if picture.reencoded:
             record["reencoded"] = picture.reencoded
         return key, picture.data, picture.extension, record
@@ -133,16 +136,13 @@ class InstructionRecords:
     def _images(self) -> ImageFolder:
         return ImageFolder(Path(self.images), tuple(Path(folder) for folder in self.linked))
 
-    def _place_boxes(self, source: dict[str, Any], record: dict[str, Any], picture: Picture) -> None:
+    def _place_boxes(self, source: dict[str, Any], laid: Laid, record: dict[str, Any], picture: Picture) -> None:
         """Put the boxes of a source record and of its turns, in fractions, into ours."""
         frame: tuple[float, float] = {"fractions": (1.0, 1.0), "thousandths": (1000.0, 1000.0)}.get(
             self.boxes, _stated_size(source) or (picture.width, picture.height)
         )
-        questions = [entry for entry in source.get("conversations") or () if _ROLES.get(entry["from"]) == "question"]
-        answers = [entry for entry in source.get("conversations") or () if _ROLES.get(entry["from"]) == "answer"]
-        pairs = zip(record["turns"], questions, answers, strict=True) if questions else ()
-        for turn, *entries in pairs:
-            if boxes := [box for entry in entries for box in _boxes(entry, frame)]:
+        for turn, exchange in zip(record["turns"], laid.exchanges, strict=True):
+            if boxes := [box for entry in exchange.entries for box in _boxes(entry, frame)]:
                 turn["boxes"] = boxes
         if boxes := _boxes(source, frame):
             record["boxes"] = boxes
@@ -151,32 +151,21 @@ class InstructionRecords:
 _SETTINGS = ("annotations", "images", "linked", "boxes", "max_pixels")
 
 
-def _conversation(source: dict[str, Any]) -> dict[str, Any]:
+def _known_as(source: dict[str, Any]) -> dict[str, str]:
+    """Return the id that a source record has, if it has one."""
+    return {"id": str(source["id"])} if isinstance(source.get("id"), str | int) else {}
+
+
+def _conversation(laid: Laid) -> dict[str, Any]:
     """Return the turns of a record, and the system prompt if there is one."""
-    entries = source.get("conversations")
-    if entries is None and {"question", "answer"} <= source.keys():
-        return {"turns": [_turn(0, source["question"], source["answer"])]}
-    if not isinstance(entries, list) or not entries:
-        raise UnusableRecord("no-conversation", f"expected a list of turns, got {entries!r:.80}")
-    if not all(isinstance(entry, dict) and isinstance(entry.get("from"), str) for entry in entries):
-        raise UnusableRecord("bad-turns", "expected turns with `from` and `value`")
-    record: dict[str, Any] = {}
-    if entries[0]["from"] == "system":
-        record["system"] = _text("system prompt", entries[0].get("value") or "")
-        entries = entries[1:]
-    roles = [_ROLES.get(entry["from"]) for entry in entries]
-    if not entries or roles != ["question", "answer"] * (len(roles) // 2):
-        said = ", ".join(entry["from"] for entry in entries)
-        raise UnusableRecord("bad-turns", f"expected human, gpt, ..., human, gpt, got {said:.80}")
-    values = [entry.get("value") for entry in entries]
-    record["turns"] = [_turn(number // 2, *values[number : number + 2]) for number in range(0, len(values), 2)]
-    return record
+    turns = [_turn(number, exchange.question, exchange.answer) for number, exchange in enumerate(laid.exchanges)]
+    return ({} if laid.system is None else {"system": _text("system prompt", laid.system)}) | {"turns": turns}
 
 
 def _turn(number: int, question: object, answer: object) -> dict[str, Any]:
     """Check one turn; only the first question may name the image, once."""
-    if number == 0 and isinstance(question, str) and question.count(_IMAGE) == 1:
-        question = question.replace(_IMAGE, "").strip()
+    if number == 0 and isinstance(question, str) and question.count(PLACEHOLDER) == 1:
+        question = question.replace(PLACEHOLDER, "").strip()
     for name, text in (("question", question), ("answer", answer)):
         if not isinstance(text, str) or not text.strip():
             raise UnusableRecord(f"empty-{name}", f"turn {number}: expected a text, got {text!r:.80}")
@@ -184,10 +173,8 @@ def _turn(number: int, question: object, answer: object) -> dict[str, Any]:
     return {"question": question, "answer": answer}
 
 
-def _text(what: str, text: object) -> str:
+def _text(what: str, text: str) -> str:
     """Return a text that a model can be given."""
-    if not isinstance(text, str):
-        raise UnusableRecord("bad-turns", f"the {what} is no text")
     if found := next((mark for mark in _PLACEHOLDERS if mark in text), None):
         raise UnusableRecord("bad-text", f"the {what} holds {found!r}")
     try:
@@ -195,22 +182,6 @@ def _text(what: str, text: object) -> str:
     except UnicodeEncodeError as error:
         raise UnusableRecord("bad-encoding", f"the {what} holds half a surrogate pair") from error
     return text
-
-
-def _image_path(source: dict[str, Any]) -> str:
-    """Return the path of a record's one image."""
-    if source.get("video"):
-        raise UnusableRecord("video", f"{source['video']!r:.80}")
-    image = source.get("image")
-    if isinstance(image, list) and len(image) > 1:
-        raise UnusableRecord("several-images", f"{len(image)} images")
-    if isinstance(image, list):
-        image = image[0] if image else None
-    if image is None or image == "":
-        raise UnusableRecord("text-only", "there is no image")
-    if not isinstance(image, str):
-        raise UnusableRecord("missing-image", f"expected a path, got {image!r:.80}")
-    return image
 
 
 def _stated_size(source: dict[str, Any]) -> tuple[float, float] | None:

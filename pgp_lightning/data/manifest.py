@@ -25,7 +25,9 @@ CACHE_FOLDER = Path("data/cache")
 Weights = Literal["count", "sqrt", "explicit"]
 OnDamage = Literal["fail", "substitute"]
 
-_SOURCE_KEYS = ("name", "repeat", "weight", "max_tiles", "allowed_rejects", "on_damage", "upstream", "build")
+_SOURCE_KEYS = (
+    "name", "repeat", "weight", "max_tiles", "allowed_rejects", "expected_rejects", "on_damage", "upstream", "build",
+)  # fmt: skip
 _UPSTREAM_KEYS = ("annotations", "images", "records", "from", "licence", "verified", "note")
 
 
@@ -72,6 +74,8 @@ class Source:
         manifest: the file it stands in, for messages.
         repeat: passes over the source per epoch; 0.5 is another half in every epoch.
         allowed_rejects: greatest share of its records that may be unusable before a run fails.
+        expected_rejects: reason to greatest share of its raw records that building leaves out for it by design; these
+            do not count for `allowed_rejects`.
         build: what makes its shards if there are none.
         weight: its share of the stream before normalising, with `weights: explicit`; else None.
         max_tiles: greatest number of tiles of its images, in place of the run's own; None for that.
@@ -86,6 +90,7 @@ class Source:
     manifest: Path
     repeat: float = 1.0
     allowed_rejects: float = 0.01
+    expected_rejects: Mapping[str, float] = field(default_factory=dict)
     build: Build | None = None
     weight: float | None = None
     max_tiles: int | None = None
@@ -225,6 +230,7 @@ def _sources(splits: Section, split: str, root: Path, url: str | None, weights: 
             manifest=splits.file,
             repeat=repeat,
             allowed_rejects=entry.number("allowed_rejects", 0.01, high=1.0),
+            expected_rejects=_expected_rejects(entry),
             build=_build(entry),
             weight=_weight(entry, split, weights),
             max_tiles=None if "max_tiles" not in entry.value else entry.integer("max_tiles"),
@@ -233,6 +239,15 @@ def _sources(splits: Section, split: str, root: Path, url: str | None, weights: 
             url=own_url,
         )
     return tuple(found.values())
+
+
+def _expected_rejects(entry: Section) -> dict[str, float]:
+    """Read which rejects a source is known to have."""
+    reasons = list(entry.mapping("expected_rejects"))
+    if not reasons:
+        return {}
+    shares = entry.section("expected_rejects", reasons)
+    return {reason: shares.number(reason, high=1.0) for reason in reasons}
 
 
 def _weight(entry: Section, split: str, weights: Weights) -> float | None:

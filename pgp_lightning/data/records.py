@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,18 +25,23 @@ MAX_MEMBER_BYTES = 64 << 20
 MAX_TEXT_BYTES = 8 << 20  # of a record's JSON, which takes some twenty times as much when it is parsed
 
 
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
 class UnusableRecord(DataError):
     """A record that cannot be used.
 
     Args:
         reason: a short stable slug.
-        detail: what was found, for people.
+        detail: what was found, for people; the same whenever it is looked at, so addresses of objects are taken out.
         key: the record's key, where it is known.
+        where: what else leads to it, such as `file`, `line`, `id` and `image`.
     """
 
-    def __init__(self, reason: str, detail: str, key: str = "") -> None:
-        super().__init__(reason, detail, key)
-        self.reason, self.detail, self.key = reason, detail, key
+    def __init__(self, reason: str, detail: str, key: str = "", where: Mapping[str, str | int] | None = None) -> None:
+        detail = _ADDRESS.sub("", detail)
+        super().__init__(reason, detail, key, where)
+        self.reason, self.detail, self.key, self.where = reason, detail, key, dict(where or {})
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"

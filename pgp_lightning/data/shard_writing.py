@@ -82,7 +82,8 @@ def _fill(path: Path, builder: SampleBuilder, task: ShardTask, advance: Callable
                 try:
                     key, members, sizes = _members(builder, number)
                 except UnusableRecord as error:
-                    report.append({"record": number, "key": error.key, "reason": error.reason, "detail": error.detail})
+                    found = {"record": number, "key": error.key, "reason": error.reason, "detail": error.detail}
+                    report.append(error.where | found)
                 except MemoryError as error:
                     raise ConfigError(
                         f"{path.parent}: memory ran out at record {number}, for which it is not left out: build again, "

@@ -40,6 +40,7 @@ __all__ = [
     "build_source",
     "build_summary",
     "excess_rejects",
+    "listed_rejects",
     "make_builder",
     "make_source",
     "write_source",
@@ -114,17 +115,47 @@ def build_summary(source: Source, index: Index) -> str:
 
 
 def excess_rejects(source: Source, index: Index) -> str | None:
-    """Say what is wrong if building rejected a greater share of a source than its `allowed_rejects`."""
-    bad = sum(index.rejected.values())
-    total = index.samples + bad
-    if bad <= source.allowed_rejects * total:
+    """Say what is wrong if building rejected a greater share of a source than it allows, in all or for a reason."""
+    total = index.samples + sum(index.rejected.values())
+    expected = {reason: share for reason, share in source.expected_rejects.items() if reason in index.rejected}
+    others = {reason: number for reason, number in index.rejected.items() if reason not in expected}
+    judged = [(others, source.allowed_rejects), *(({r: index.rejected[r]}, share) for r, share in expected.items())]
+    excess = [(counts, share) for counts, share in judged if sum(counts.values()) > share * total]
+    if not excess:
         return None
+    counts, share = excess[0]
+    bad, allowed = sum(counts.values()), "allowed_rejects" if counts is others else "expected_rejects"
     anew = f"Repair the data and delete {source.folder} to build it again, or raise" if source.build else "Raise"
     return (
         f"source {source.name!r} of split {source.split!r}: {bad} of {total} records ({bad / total:.1%}) were rejected "
-        f"while its shards were built, allowed are {source.allowed_rejects:.1%}: {_reasons(index.rejected)}. "
-        f"{source.folder / REJECTED_FILE} names them. {anew} the source's allowed_rejects in the manifest"
+        f"while its shards were built, allowed are {share:.1%}: {_reasons(counts)}. "
+        f"{source.folder / REJECTED_FILE} names them. {anew} the source's {allowed} in the manifest"
     )
+
+
+def listed_rejects(index: Index, most: int = 10) -> list[str]:
+    """Return lines that name the first rejected records of every reason, as the report has them."""
+    report = index.folder / REJECTED_FILE
+    if not index.rejected or not report.is_file():
+        return []
+    shown: dict[str, list[str]] = {reason: [] for reason in index.rejected}
+    with report.open(encoding="utf-8") as lines:
+        for reject in map(json.loads, lines):
+            if len(found := shown.setdefault(str(reject["reason"]), [])) < most:
+                found.append(_named(reject))
+    told = []
+    for reason, found in sorted(shown.items()):
+        number = index.rejected.get(reason, len(found))
+        more = f", the first {len(found)} of them" if number > len(found) else ""
+        told += [f"  {reason} {number:,}{more}:", *(f"    {one}" for one in found)]
+    return [*told, f"  all of them: {report}"]
+
+
+def _named(reject: Mapping[str, Any]) -> str:
+    """Return a line about a rejected record: where it stands, what it is called, what is wrong."""
+    place = f"{reject['file']}:{reject['line']}" if "file" in reject else f"record {reject['record']}"
+    names = [f"{key} {reject[key]}" for key in ("id", "image") if key in reject]
+    return f"{', '.join([place, *names])}: {reject['detail']}"
 
 
 def _reasons(rejected: Mapping[str, int]) -> str:

@@ -79,7 +79,15 @@ REFUSED: list[tuple[str, Any]] = [
     ("no-conversation", raw(conversations=None)),
     ("no-conversation", raw(conversations=[])),
     ("no-conversation", raw(conversations="hello")),
-    ("no-conversation", {"image": "one.png"}),
+    ("unknown-layout", {"image": "one.png"}),
+    ("unknown-layout", {}),
+    ("unknown-layout", {"text": "A caption.", "image": "one.png"}),
+    ("unknown-layout", {"instruction": "What?", "input": "", "output": "A cat.", "image": "one.png"}),
+    ("unknown-layout", {"messages": turns(), "conversations": turns(), "image": "one.png"}),
+    ("unknown-layout", raw(audio="a.wav")),
+    ("unknown-layout", raw(conversations=turns([{"type": "audio", "audio": "a.wav"}]))),
+    ("unknown-layout", raw(conversations=turns([3]))),
+    ("unknown-layout", {"query": "What?", "response": "A cat.", "history": "none", "image": "one.png"}),
     ("bad-turns", raw(conversations=[HUMAN])),
     ("bad-turns", raw(conversations=[GPT, HUMAN])),
     ("bad-turns", raw(conversations=[*turns(), HUMAN])),
@@ -102,10 +110,28 @@ REFUSED: list[tuple[str, Any]] = [
     ("bad-text", raw(conversations=turns(answer="</img>"))),
     ("bad-text", raw(conversations=turns(answer="<img>"))),
     ("bad-text", raw(conversations=[{"from": "system", "value": "<image>"}, *turns()])),
-    ("text-only", raw(image=None)),
-    ("text-only", raw(image="")),
-    ("text-only", raw(image=[])),
-    ("text-only", {"conversations": turns()}),
+    ("text-only", raw(image=None, conversations=turns("What?"))),
+    ("text-only", raw(image="", conversations=turns("What?"))),
+    ("text-only", raw(image=[], images=[], conversations=turns("What?"))),
+    ("text-only", {"id": "a.png", "conversations": turns("Is <img src=a> a tag?")}),
+    ("image-not-named", {"conversations": turns()}),
+    ("image-not-named", raw(image=None)),
+    ("image-not-named", raw(image=None, conversations=[*turns("Hi"), *turns("<|image_pad|>?")])),
+    ("image-not-named", {"image_path": "one.png", "conversations": turns("What?")}),
+    ("image-not-named", {"pictures": ["one.JPG"], "question": "What?", "answer": "A cat."}),
+    ("image-not-named", {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]},
+                                      {"role": "assistant", "content": "A cat."}]}),
+    ("image-no-file", raw(image="https://example.org/one.png")),
+    ("image-no-file", raw(image="data:image/png;base64,iVBORw0KGgo=")),
+    ("image-no-file", raw(image=None, images=[{"bytes": "iVBORw0KGgo=", "path": None}])),
+    ("several-images", raw(images=["two.png"])),
+    ("several-images", raw(image=None, conversations=turns("<img>one.png</img><img>two.png</img>?"))),
+    ("video", raw(image=None, videos=["one.mp4"])),
+    ("video", raw(image=None, conversations=turns([{"type": "video", "video": "one.mp4"}]))),
+    ("bad-turns", raw(system="Be brief.", conversations=[{"from": "system", "value": "Be long."}, *turns()])),
+    ("bad-turns", raw(system=["Be brief."])),
+    ("bad-turns", raw(conversations=[{"from": "system"}, *turns()])),
+    ("bad-turns", raw(conversations=[*turns(), {"from": "function_call", "value": "x"}, GPT])),
     ("several-images", raw(image=["one.png", "one.png"])),
     ("several-images", raw(image=["one.png", "one.png"], conversations=turns("1: <image>\n2: <image>\nWhich?"))),
     ("video", {"video": "one.mp4", "conversations": turns()}),
@@ -137,6 +163,92 @@ def test_a_good_record_beside_bad_ones_is_kept_and_every_line_counted(tmp_path: 
     report = [json.loads(line) for line in (tmp_path / "a/rejected.jsonl").read_text().splitlines()]
     assert [line["record"] for line in report] == list(range(1, len(lines) + 1))
     assert [line["reason"] for line in report] == [reason for reason, _ in REFUSED]
+
+
+def part(kind: str, **more: Any) -> dict[str, Any]:
+    return {"type": kind, **more}
+
+
+def said(question: Any, answer: Any = "A cat.", role: str = "role", content: str = "content") -> list[dict[str, Any]]:
+    return [{role: "user", content: question}, {role: "assistant", content: answer}]
+
+
+WHAT = [part("text", text="What?")]
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "LLaVA": {"image": "one.png", "conversations": turns("<image>\nWhat?", "A cat.")},
+    "a list of one": {"image": ["one.png"], "conversations": turns("What?\n<image>", "A cat.")},
+    "ShareGPT": {
+        "images": "one.png",
+        "conversations": [{"from": "human", "value": "<image>What?"}, {"from": "chatgpt", "value": "A cat."}],
+    },
+    "ms-swift": {"messages": said("<image>What?"), "images": ["one.png"]},
+    "ms-swift with dicts": {"messages": said("<image>What?"), "images": [{"path": "one.png", "bytes": None}]},
+    "LLaMA-Factory": {"conversations": said("<image>What?", role="from", content="value"), "images": ["one.png"]},
+    "image and images": {"image": "one.png", "images": ["one.png"], "messages": said("What?")},
+    "TRL": {"messages": said([part("image"), *WHAT], [part("text", text="A cat.")]), "images": ["one.png"]},
+    "parts that name it": {"messages": said([part("image", image="one.png"), *WHAT])},
+    "parts with a path": {"messages": said([part("image", path="one.png"), *WHAT])},
+    "OpenAI": {"messages": said([*WHAT, part("image_url", image_url={"url": "one.png"})])},
+    "Qwen": {"conversations": said([{"image": "file://IMAGES/a%20b.png"}, {"text": "What?"}], "A cat.")},
+    "Qwen-VL": {"conversations": said("Picture 1: <img>one.png</img>\nWhat?", role="from", content="value")},
+    "Visual CoT": {"image": "one.png", "question": "What?", "answer": "A cat."},
+    "query": {"images": ["one.png"], "query": "<image>What?", "response": "A cat."},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_common_layouts_are_one_record(tmp_path: Path, layout: str) -> None:
+    options = write_raw(tmp_path, [], {"a b.png": picture()})
+    text = json.dumps(LAYOUTS[layout]).replace("IMAGES", options["images"])
+    builder = build(tmp_path, text.encode())
+    record = {"width": 16, "height": 16, "turns": [{"question": "What?", "answer": "A cat."}]}
+    assert builder[0][1:] == (picture(), "png", record)
+
+
+def test_system_texts_and_histories_of_other_layouts(tmp_path: Path) -> None:
+    system = {"role": "system", "content": [part("text", text="Be "), part("text", text="brief.")]}
+    image = {"images": ["one.png"]}
+    builder = build(
+        tmp_path,
+        {"messages": [system, *said("<image>What?"), *said("Why?", "So.")], **image},
+        {"query": "Why?", "response": "So.", "history": [["<image>What?", "A cat."]], "system": "Be brief.", **image},
+        {"conversations": turns("<image>What?", "A cat."), "system": "", **image},
+    )
+    two = [{"question": "What?", "answer": "A cat."}, {"question": "Why?", "answer": "So."}]
+    found = [builder[number][3] for number in range(3)]
+    assert [record.get("system") for record in found] == ["Be brief.", "Be brief.", ""]
+    assert [record["turns"] for record in found] == [two, two, two[:1]]
+
+
+def test_boxes_of_turns_in_any_layout(tmp_path: Path) -> None:
+    messages = said("<image>Where?")
+    messages[0]["bbox"] = [4, 0, 8, 16]
+    assert build(tmp_path, {"messages": messages, "images": ["one.png"]})[0][3]["turns"][0]["boxes"] == [
+        [0.25, 0, 0.5, 1]
+    ]
+
+
+def test_a_reject_leads_to_the_record(tmp_path: Path) -> None:
+    lines = [b"", json.dumps(raw()).encode(), b" ", b"{", json.dumps(raw(id="x", image="none.png")).encode()]
+    torn = json.dumps(raw(id=8, image="torn.png")).encode()
+    builder = InstructionRecords(**write_raw(tmp_path, [*lines, torn], {"torn.png": b"GIF8 no image"}))
+    reports = []
+    for folder in ("one", "two"):
+        write_source(tmp_path / folder / "a", builder, 2, progress=False)
+        reports.append((tmp_path / folder / "a" / "rejected.jsonl").read_text())
+    assert reports[0] == reports[1] and "0x" not in reports[0] and " object at" not in reports[0]
+    found = [json.loads(line) for line in reports[0].splitlines()]
+    file = str(tmp_path / "notes.jsonl")
+    told = [{key: line.get(key) for key in ("record", "reason", "file", "line", "id", "image")} for line in found]
+    assert told == [
+        {"record": 1, "reason": "bad-json", "file": file, "line": 4, "id": None, "image": None},
+        {"record": 2, "reason": "missing-image", "file": file, "line": 5, "id": "x", "image": "none.png"},
+        {"record": 3, "reason": "bad-image", "file": file, "line": 6, "id": "8", "image": "torn.png"},
+    ]
+    assert found[1]["detail"] == f"{tmp_path / 'images' / 'none.png'}: No such file or directory"
+    assert (
+        UnusableRecord("a", "<_io.BytesIO object at 0x7f00> and <b at 0xAf>").detail == "<_io.BytesIO object> and <b>"
+    )
 
 
 def test_boxes_become_fractions(tmp_path: Path) -> None:

@@ -105,6 +105,13 @@ def test_reads_all_keys_of_a_source(tmp_path: Path) -> None:
         ("repeat: 0.5", "repeat: yes", 8, r"splits.train\[0\].repeat: expected a number from 0"),
         ("repeat: 0.5", "repeat: 0", 8, r"splits.train\[0\].repeat: .* leave the source out"),
         ("allowed_rejects: 0}", "allowed_rejects: 2}", 8, "expected a number from 0 to 1, got 2"),
+        ("repeat: 0.5", "expected_rejects: 1", 8, r"splits.train\[0\].expected_rejects: expected a mapping, got 1"),
+        (
+            "repeat: 0.5",
+            "expected_rejects: {text-only: 8}",
+            8,
+            r"expected_rejects.text-only: expected a number",
+        ),
         ("repeat: 0.5", "max_tiles: 0", 8, r"splits.train\[0\].max_tiles: expected an integer of at least 1, got 0"),
         ("repeat: 0.5", "max_tiles: null", 8, r"splits.train\[0\].max_tiles: expected an integer .* got None"),
         ("repeat: 0.5", "on_damage: skip", 8, r"splits.train\[0\].on_damage: expected one of fail, substitute"),

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pgp_lightning.data.index import Index, Shard
 from pgp_lightning.data.manifest import Manifest, Source
+from pgp_lightning.data.writing import excess_rejects
 
 FOLDER = Path(__file__).parents[3] / "data_manifests"
 MIXTURES = ("internvl_1_2_finetune", "llava_mix665k", "gqa_grounded", "viscot")
@@ -61,9 +63,18 @@ def test_llavas_mixture_allows_for_its_text() -> None:
     folders = {"coco": 364_100, "vg": 86_417, "ocr_vqa": 80_000, "gqa": 72_140, "textvqa": 21_953}
     assert all(f"{name} {number:,}" in source.upstream.note for name, number in folders.items())
     assert source.expected_records == sum(folders.values()) + 40_688
-    assert 40_688 / 665_298 < source.allowed_rejects < 0.1
+    assert 40_688 / 665_298 < source.expected_rejects["text-only"] < 0.07
     (same,) = [source for source in train("internvl_1_2_finetune") if source.name == "sharegpt4v_mix665k"]
-    assert same.allowed_rejects == source.allowed_rejects
+    assert (same.allowed_rejects, same.expected_rejects) == (source.allowed_rejects, source.expected_rejects)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_nothing_but_text_is_left_out_by_design(name: str, tmp_path: Path) -> None:
+    for source in train(name):
+        assert source.expected_rejects.keys() <= {"text-only"} and source.allowed_rejects <= 0.02
+        for reason, allowed in (("text-only", bool(source.expected_rejects)), ("unknown-layout", False)):
+            index = Index(tmp_path, source.name, (Shard(tmp_path / "a.tar", 94, 1, ""),), {}, {reason: 6})
+            assert (excess_rejects(source, index) is None) == allowed, reason
 
 
 def test_grounded_sources_have_boxes_and_claim_no_numbers() -> None:
@@ -106,8 +117,10 @@ def test_licences_that_were_not_read_say_so() -> None:
 def test_the_readme_names_every_manifest_and_every_key() -> None:
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert all(f"`{path.name}`" in text for path in FOLDER.glob("*.yaml"))
-    keys = "name licence description root weights splits repeat weight max_tiles allowed_rejects on_damage upstream"
-    keys += " build annotations images records from verified note class_path init_args samples_per_shard"
+    keys = "name licence description root weights splits repeat weight max_tiles allowed_rejects expected_rejects"
+    keys += (
+        " on_damage upstream build annotations images records from verified note class_path init_args samples_per_shard"
+    )
     assert all(f"`{key}`" in text for key in keys.split())
 
 

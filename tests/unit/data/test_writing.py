@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from data_world import FailingBuilder, PictureBuilder
-from raw_world import InterruptedBuilder, PickyBuilder
+from raw_world import InterruptedBuilder, PickyBuilder, raw, write_raw
 
 from pgp_lightning.data import records, shard_writing, writing
 from pgp_lightning.data.build_lock import build_lock
@@ -22,6 +23,7 @@ from pgp_lightning.data.manifest import Build, Source, Upstream
 from pgp_lightning.data.shards import ShardReader, verify_source
 from pgp_lightning.data.writing import build_source, build_summary, excess_rejects, make_source, write_source
 from pgp_lightning.errors import ConfigError, DataError
+from pgp_lightning.tools import main
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -264,3 +266,42 @@ def test_a_source_with_too_many_rejects_is_refused(tmp_path: Path) -> None:
     assert build_summary(source, index) == "10 records in, 7 used, 3 rejected (even 1, odd 2)"
     for number, said in ((10, "upstream says 10"), (12, "upstream says 12, a difference of -2")):
         assert build_summary(replace(source, upstream=Upstream(records=number)), index).endswith(f"; {said}")
+
+
+def test_expected_rejects_are_counted_apart(tmp_path: Path) -> None:
+    build = Build("raw_world.PickyBuilder", {"name": "a", "size": 10, "broken": [1, 2, 3]})
+    source = Source("a", "train", tmp_path / "a", tmp_path / "m.yaml", allowed_rejects=0.1, build=build)
+    index = make_source(source, progress=False)
+    assert excess_rejects(replace(source, expected_rejects={"odd": 0.2}), index) is None
+    assert (
+        excess_rejects(replace(source, expected_rejects={"odd": 0.2, "even": 0.1}, allowed_rejects=0.0), index) is None
+    )
+    for expected, told in (
+        ({}, r"3 of 10 records \(30.0%\) .* allowed are 10.0%: even 1, odd 2.* raise the source's allowed_rejects"),
+        ({"odd": 0.1}, r"2 of 10 records \(20.0%\) .* allowed are 10.0%: odd 2\. .* the source's expected_rejects"),
+        ({"even": 0.1}, r"2 of 10 records \(20.0%\) .* allowed are 10.0%: odd 2\. .* the source's allowed_rejects"),
+        ({"old": 0.9}, r"3 of 10 records"),
+    ):
+        assert re.search(told, excess_rejects(replace(source, expected_rejects=expected), index) or "")
+
+
+def test_the_first_ten_rejects_of_a_reason_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [raw(), *(raw(id=f"\x1b[2J{n}", image=f"{n}.png") for n in range(12)), b"{", raw()]
+    build = {
+        "class_path": "pgp_lightning.data.instructions.InstructionRecords",
+        "init_args": write_raw(tmp_path, lines),
+    }
+    sources = [{"name": "s", "allowed_rejects": 1.0, "build": build}]
+    content = {"name": "m", "licence": "none", "root": str(tmp_path / "out"), "splits": {"train": sources}}
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump(content))
+    for _ in range(2):  # also of shards that are there already
+        assert main(["shards", "build", str(tmp_path / "m.yaml")]) == 0
+        out = capsys.readouterr().out
+        told = [line.strip() for line in out.splitlines()]
+        assert f"all of them: {tmp_path / 'out/train/s/rejected.jsonl'}" in told and "\x1b" not in out
+        start = told.index("missing-image 12, the first 10 of them:")
+        assert [f"image {n}.png: {tmp_path}/images/{n}.png: No such file" in told[start + 1 + n] for n in range(10)]
+        assert told[start + 1].startswith(f"{tmp_path / 'notes.jsonl'}:2, id ") and told[start + 11].startswith(
+            "all of"
+        )
+        assert told[told.index("bad-json 1:") + 1].startswith(f"{tmp_path / 'notes.jsonl'}:14: Expecting")
