@@ -141,7 +141,7 @@ def length(reader: ConversationReader, text: bytes | None) -> int:
     record = json.loads(text or b"")
     turn = record["turns"][0]
     grid = reader.rule().grid(record["width"], record["height"])
-    return reader.processor.prompt_length(turn["question"], turn["answer"], grid.tokens)
+    return reader.processor.prompt_length(turn["question"], turn["answer"], grid.tokens, record.get("system"))
 
 
 def lengths_of_batches(mixture: Mixture, lengths: dict[tuple[Path, int], tuple[int, int]]) -> Iterator[list[int]]:

@@ -130,7 +130,8 @@ def _source(
             reasons[DAMAGED] += 1
             continue
         literal.update(_special_tokens(conversation, processor))
-        prompts = [processor.prompt(t.question, t.answer, "question_first") for t in conversation.turns]
+        system = conversation.system
+        prompts = [processor.prompt(t.question, t.answer, "question_first", system) for t in conversation.turns]
         text = max(len(prompt.before) + len(prompt.after) + len(prompt.answer) for prompt in prompts)
         rows.append((text, max(len(prompt.answer) for prompt in prompts), len(prompts)))
         longest = max(longest, text + conversation.grid.tokens)
@@ -158,7 +159,7 @@ def _spread(length: int, count: int) -> list[int]:
 
 def _special_tokens(conversation: Conversation, processor: Processor) -> set[str]:
     """Return the model's special tokens that stand in a conversation's texts."""
-    texts = [text for turn in conversation.turns for text in (turn.question, turn.answer)]
+    texts = [conversation.system or "", *(text for turn in conversation.turns for text in (turn.question, turn.answer))]
     return {token for token in processor.tokenizer.all_special_tokens if any(token in text for text in texts)}
 
 

@@ -120,7 +120,8 @@ def row_of(request: Request, row: int) -> Request:
     image = request.images[row]
     first = sum(grid.tiles for grid in request.grids[:image])
     grid = request.grids[image]
-    return Request([request.questions[row]], request.tiles[first : first + grid.tiles], [grid])
+    tiles = request.tiles[first : first + grid.tiles]
+    return Request([request.questions[row]], tiles, [grid], systems=[request.systems[row]])
 
 
 def tiny_batch(

@@ -79,6 +79,7 @@ class Batch:
             images=images,
             relevant=None if request.relevant is None else request.relevant[list(rows), :widest],
             other_questions=request.other_questions and [request.other_questions[row] for row in rows],
+            systems=[request.systems[row] for row in rows],
         )
         return replace(
             self,
@@ -135,6 +136,7 @@ def collate(
         tiles=join([item.conversation.tiles for item in items]),
         grids=[item.conversation.grid for item in items],
         images=[image for image, _, _ in rows],
+        systems=[item.conversation.system for item in of_rows],
     )
     request.relevant = _relevant(request.counts, [turn.relevant for _, _, turn in rows])
     return Batch(

@@ -7,6 +7,7 @@ A record that cannot be used raises `UnusableRecord` with a short stable reason,
 - `bad-record`: the JSON is missing or is no record;
 - `no-turns`: there is no question turn;
 - `empty-question`, `empty-answer`: a turn lacks its text;
+- `bad-system`: `system` is no text;
 - `bad-text`: a text holds a placeholder of images, which models would take for one, or half a surrogate pair, which
   tokenizers refuse;
 - `bad-relevant`: `relevant` is no list of visual token indices of the image;
@@ -34,6 +35,7 @@ __all__ = [
     "Turn",
     "limited_rule",
     "open_image",
+    "read_system",
     "read_turns",
     "stated_size",
 ]
@@ -55,10 +57,10 @@ class Processor(Protocol):
     def max_length(self) -> int:
         """Longest prompt with answer, in slots."""
 
-    def prompt_length(self, question: str, answer: str, visual_tokens: int) -> int:
-        """Return the number of slots of a prompt with its answer."""
+    def prompt_length(self, question: str, answer: str, visual_tokens: int, system: str | None = None) -> int:
+        """Return the number of slots of a prompt with its answer, with another system text if one is given."""
 
-    def fits(self, question: str, answer: str, visual_tokens: int, budget: int) -> bool:
+    def fits(self, question: str, answer: str, visual_tokens: int, budget: int, system: str | None = None) -> bool:
         """Say whether a prompt with its answer takes at most so many slots."""
 
 
@@ -74,12 +76,17 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns about one image; tiles are uint8 (T, 3, S, S), thumbnail last."""
+    """Turns about one image; tiles are uint8 (T, 3, S, S), thumbnail last.
+
+    `system` takes the place of the chat format's own system text, an empty one of its whole system block; None leaves
+    it.
+    """
 
     key: str
     turns: tuple[Turn, ...]
     tiles: np.ndarray
     grid: TileGrid
+    system: str | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,7 @@ class ConversationReader:
         if raw.image is None:
             raise UnusableRecord("no-image", f"{raw.key} has no image")
         record, turns = read_turns(raw, self.turns)
+        system = read_system(raw.key, record)
         image = self.open_image(raw.key, raw.image)
         rule = self.rule(max_tiles)
         try:
@@ -128,7 +136,7 @@ class ConversationReader:
         for turn in turns:
             if turn.relevant is not None and max(turn.relevant, default=0) >= record.get("tokens", finest.tokens):
                 raise UnusableRecord("bad-relevant", f"{raw.key}: an index exceeds the image's visual tokens")
-        limit = self._tile_limit(raw.key, turns, rule, *image.size)
+        limit = self._tile_limit(raw.key, turns, system, rule, *image.size)
         try:
             tiles, grid = cut_tiles(image, self.processor.rule, limit, empty)
         except _IMAGE_ERRORS as error:
@@ -136,7 +144,7 @@ class ConversationReader:
             raise UnusableRecord("bad-image", f"{raw.key}: {error}") from error
         if grid != finest or record.get("tokens", grid.tokens) != grid.tokens:
             turns = tuple(replace(turn, relevant=None) for turn in turns)
-        return Conversation(raw.key, turns, tiles, grid)
+        return Conversation(raw.key, turns, tiles, grid, system)
 
     def rule(self, max_tiles: int | None = None) -> TileRule:
         """Return how images of a source are tiled at the finest."""
@@ -155,16 +163,18 @@ class ConversationReader:
         """
         return open_image(key, data, self.max_pixels)
 
-    def _tile_limit(self, key: str, turns: tuple[Turn, ...], rule: TileRule, width: int, height: int) -> int:
+    def _tile_limit(
+        self, key: str, turns: tuple[Turn, ...], system: str | None, rule: TileRule, width: int, height: int
+    ) -> int:
         """Return the greatest number of tiles with which every turn fits the length budget."""
         model, budget, limit, visual = self.processor, self.budget, rule.max_tiles, 0
         while limit >= 1:
             grid = limited_rule(rule, limit).grid(width, height)
             visual = grid.tokens
-            if all(model.fits(turn.question, turn.answer, visual, budget) for turn in turns):
+            if all(model.fits(turn.question, turn.answer, visual, budget, system) for turn in turns):
                 return limit
             limit = min(limit, grid.columns * grid.rows) - 1
-        length = max(model.prompt_length(turn.question, turn.answer, visual) for turn in turns)
+        length = max(model.prompt_length(turn.question, turn.answer, visual, system) for turn in turns)
         raise UnusableRecord("too-long", f"{key}: {length} slots with one tile, the budget is {budget}")
 
 
@@ -201,6 +211,21 @@ def read_turns(raw: RawRecord, which: Literal["first", "all"]) -> tuple[dict[str
     """
     record = _parse(raw)
     return record, tuple(_turn(raw.key, value) for value in _selected(raw.key, record, which))
+
+
+def read_system(key: str, record: Mapping[str, Any]) -> str | None:
+    """Return a record's own system text, None if it has none.
+
+    Raises:
+        UnusableRecord: if it is no text, or one that a model cannot be given.
+    """
+    text = record.get("system")
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise UnusableRecord("bad-system", f"{key}: expected a text, got {text!r:.80}")
+    _check_text(key, "system text", text)
+    return text
 
 
 def stated_size(record: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -248,9 +273,7 @@ def _turn(key: str, value: object) -> Turn:
         text = value.get(name)
         if not isinstance(text, str) or not text.strip():
             raise UnusableRecord(f"empty-{name}", f"{key}: expected a text, got {text!r}")
-        if found := next((mark for mark in _PLACEHOLDERS if mark in text), None):
-            raise UnusableRecord("bad-text", f"{key}: the {name} holds {found!r}")
-        _check_unicode(key, name, text)
+        _check_text(key, name, text)
         texts[name] = text
     relevant = value.get("relevant")
     if relevant is not None:
@@ -260,6 +283,12 @@ def _turn(key: str, value: object) -> Turn:
     kind = str(value.get("type", ""))
     _check_unicode(key, "type", kind)
     return Turn(**texts, relevant=relevant, type=kind)
+
+
+def _check_text(key: str, name: str, text: str) -> None:
+    if found := next((mark for mark in _PLACEHOLDERS if mark in text), None):
+        raise UnusableRecord("bad-text", f"{key}: the {name} holds {found!r}")
+    _check_unicode(key, name, text)
 
 
 def _check_unicode(key: str, name: str, text: str) -> None:

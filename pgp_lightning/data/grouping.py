@@ -56,7 +56,8 @@ class SlotEstimate:
         try:
             record: Any = parse_text(text)
             turns = record["turns"][:1] if self.reader.turns == "first" else record["turns"]
-            words = max(len((turn["question"] + turn["answer"]).encode()) for turn in turns)
+            system = record.get("system") or ""
+            words = max(len((system + turn["question"] + turn["answer"]).encode()) for turn in turns)
             width, height = stated_size(record) or size()
             visual = self._visual(width, height, max_tiles)
         except DataError:

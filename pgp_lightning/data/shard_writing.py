@@ -141,6 +141,8 @@ def _members(builder: SampleBuilder, number: int) -> tuple[str, dict[str, bytes]
         "image_bytes": len(image),
         "reencoded": int("reencoded" in record),
     }
+    if "system" in record:  # a count that most sources do without
+        sizes["system_texts"] = 1
     return key, {f"{key}.{extension}": image, f"{key}.json": text}, sizes
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pgp_lightning.data.build_pool import run_tasks
-from pgp_lightning.data.conversation import limited_rule, open_image, read_turns, stated_size
+from pgp_lightning.data.conversation import limited_rule, open_image, read_system, read_turns, stated_size
 from pgp_lightning.data.index import Index, Shard
 from pgp_lightning.data.manifest import Manifest, OnDamage, Source
 from pgp_lightning.data.mixture import Mixture, StreamSource
@@ -32,7 +32,7 @@ from pgp_lightning.vlm.tiles import TileGrid, TileRule
 __all__ = ["PERCENTILES", "Gauge", "SourceStatistics", "SplitStatistics", "Summary", "measure_split", "summarise"]
 
 PERCENTILES = (5, 50, 95, 99)
-_OF_RECORDS = ("turns", "width", "height", "bytes", "tiles")
+_OF_RECORDS = ("turns", "width", "height", "bytes", "tiles", "system_characters")
 _OF_TURNS = ("question_characters", "answer_characters")
 _OF_TOKENS = ("question_tokens", "answer_tokens", "slots")
 
@@ -83,6 +83,8 @@ class Gauge:
     def measure(self, reader: ShardReader, shard: Shard, number: int, max_tiles: int | None) -> dict[str, list[int]]:
         """Return a record's values by quantity: one each of the record, and one for every turn.
 
+        Of `system_characters` there is none if the record has no system text of its own.
+
         Raises:
             UnusableRecord: if it cannot be used.
             DataError: if the shard is not as the index promises.
@@ -91,18 +93,20 @@ class Gauge:
         if size is None:
             raise UnusableRecord("no-image", f"{key} has no image")
         record, turns = read_turns(RawRecord(key, None, reader.read_text(shard, number)), "all")
+        system = read_system(key, record)
         width, height = stated_size(record) or open_image(key, reader.read(shard, number).image or b"").size
         try:
             grid = _grid(limited_rule(self.rule, max_tiles), width, height)
         except ValueError as error:
             raise UnusableRecord("bad-image", f"{key}: {error}") from error
         found = {"turns": [len(turns)], "width": [width], "height": [height], "bytes": [size], "tiles": [grid.tiles]}
+        found["system_characters"] = [] if system is None else [len(system)]
         found["question_characters"] = [len(turn.question) for turn in turns]
         found["answer_characters"] = [len(turn.answer) for turn in turns]
         if (model := self.processor) is not None:
             found["question_tokens"] = [len(model.encode(turn.question)) for turn in turns]
             found["answer_tokens"] = [len(model.encode(turn.answer)) for turn in turns]
-            found["slots"] = [model.prompt_length(turn.question, turn.answer, grid.tokens) for turn in turns]
+            found["slots"] = [model.prompt_length(turn.question, turn.answer, grid.tokens, system) for turn in turns]
         return found
 
 

@@ -108,6 +108,8 @@ def build_summary(source: Source, index: Index) -> str:
         parts[0] += f" ({_reasons(index.rejected)})"
     if reencoded := index.totals.get("reencoded", 0):
         parts.append(f"{reencoded:,} images stored as PNG instead of their own format")
+    if systems := index.totals.get("system_texts", 0):
+        parts.append(f"{systems:,} with a system text of their own, in place of the chat format's")
     if (expected := source.expected_records) is not None:
         difference = "" if expected == total else f", a difference of {total - expected:+,}"
         parts.append(f"upstream says {expected:,}{difference}")

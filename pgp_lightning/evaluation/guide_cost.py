@@ -141,11 +141,11 @@ def _(guide: PosteriorGuide, request: Request) -> list[int | None]:
         posterior_flops(
             guide.vlm.model.config,
             request.grids[image].tiles,
-            len(guide.vlm.processor.prompt(question, None, guide.bottleneck_order).before),
+            len(guide.vlm.processor.prompt(question, None, guide.bottleneck_order, system).before),
             lora_rank=rank,
             head_layers=depth,
         )
-        for question, image in zip(request.questions, request.images, strict=True)
+        for question, image, system in zip(request.questions, request.images, request.systems, strict=True)
     ]
 
 
@@ -155,8 +155,9 @@ def _(guide: AttentionGuide, request: Request) -> list[int | None]:
         raise RuntimeError("the guide has answered nothing yet")
     processor, found = guide.vlm.processor, list[int | None]()
     lengths = answer_lengths(guide.attended.tokens, processor.stop_id)
-    for question, image, steps in zip(request.questions, request.images, lengths, strict=True):
-        prompt = processor.prompt(question, None, guide.order)
+    rows_asked = zip(request.questions, request.systems, request.images, lengths, strict=True)
+    for question, system, image, steps in rows_asked:
+        prompt = processor.prompt(question, None, guide.order, system)
         rows = {"prompt": len(prompt.after) + 1, "prompt_after_image": len(prompt.after), "answer": 1}[guide.rows]
         text, tiles = len(prompt.before) + len(prompt.after), request.grids[image].tiles
         found.append(attention_flops(guide.vlm.model.config, tiles, text, new_tokens=steps, rows=rows))

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.text import Text
 
-from pgp_lightning.data.conversation import ConversationReader, open_image, read_turns, stated_size
+from pgp_lightning.data.conversation import ConversationReader, open_image, read_system, read_turns, stated_size
 from pgp_lightning.data.index import Index
 from pgp_lightning.data.manifest import Source
 from pgp_lightning.data.records import RawRecord, UnusableRecord
@@ -60,6 +60,7 @@ class ShownRecord:
         raw: the beginning of its JSON, if its turns cannot be shown.
         picture: RGB, at most 448 pixels long; None if the image cannot be decoded.
         boxes: its own valid boxes, in fractions of the image.
+        system: its own system text; None if it has none.
     """
 
     source: str
@@ -70,6 +71,7 @@ class ShownRecord:
     raw: str = ""
     picture: Image.Image | None = field(default=None, repr=False)
     boxes: tuple[Box, ...] = ()
+    system: str | None = None
 
 
 def choose_records(
@@ -114,8 +116,10 @@ def show_record(
     picture, facts, problem = _picture(raw)
     record: dict[str, Any] = {}
     turns: tuple[ShownTurn, ...] = ()
+    system: str | None = None
     try:
         record, checked = read_turns(raw, "all")
+        system = read_system(raw.key, record)
         shown = zip(checked, record["turns"], strict=True)
         turns = tuple(
             ShownTurn(
@@ -142,7 +146,15 @@ def show_record(
         facts.append(notes)
     text = "" if turns else _shortened((raw.text or b"").decode("utf-8", "replace"), full)
     return ShownRecord(
-        source.name, printable(raw.key), ", ".join(facts), turns, printable(problem), text, picture, _boxes(record)[0]
+        source.name,
+        printable(raw.key),
+        ", ".join(facts),
+        turns,
+        printable(problem),
+        text,
+        picture,
+        _boxes(record)[0],
+        None if system is None else _shortened(system, full),
     )
 
 
@@ -203,13 +215,18 @@ def print_records(records: Sequence[ShownRecord]) -> None:
             console.print(Text(f"  cannot be used: {record.problem}", style="red"))
         if record.raw:
             console.print(Text(f"  {record.raw}"))
+        if record.system is not None:
+            console.print(Text(f"  system {_indented(record.system)}"))
         for number, turn in enumerate(record.turns, 1):
             for mark, text in (("Q", turn.question), ("A", turn.answer)):
-                indented = text.replace("\n", "\n        ")
-                console.print(Text(f"  {number:>3} {mark} {indented}"))
+                console.print(Text(f"  {number:>3} {mark} {_indented(text)}"))
             if turn.notes:
                 console.print(Text(f"        {turn.notes}"))
         console.print()
+
+
+def _indented(text: str) -> str:
+    return text.replace("\n", "\n        ")
 
 
 def records_page(title: str, records: Sequence[ShownRecord]) -> str:
@@ -234,6 +251,8 @@ def _article(record: ShownRecord) -> Iterator[str]:
         yield f'<p class="bad">cannot be used: {escape(record.problem)}</p>'
     if record.raw:
         yield f"<pre>{escape(record.raw)}</pre>"
+    if record.system is not None:
+        yield f'<p class="notes">system: {escape(record.system)}</p>'
     yield "<dl>"
     for number, turn in enumerate(record.turns, 1):
         notes = f'<dd class="notes">{escape(turn.notes)}</dd>' if turn.notes else ""

@@ -34,6 +34,7 @@ TITLES = (
     ("pixels", "image size, megapixels", MEGA),
     ("bytes", "image file, kilobytes", 1000),
     ("turns", "turns of a record", 1),
+    ("system_characters", "characters of a system text", 1),
 )
 
 
@@ -43,6 +44,8 @@ def caption(found: SplitStatistics) -> str:
     seen = f"{total.records:,} records"
     if total.records < total.samples:
         seen = f"the first {found.first:,} records of each source, {total.records:,} of {total.samples:,}"
+    if systems := len(total.of("system_characters")):
+        seen += f", {systems:,} with a system text of their own"
     tiled = f"tiles of {rule.tile_size} px, at most {rule.max_tiles} or a source's own max_tiles"
     if found.gauge.processor is None:
         return f"{seen}; {tiled} (InternVL's rule, as no base was given)"
@@ -122,7 +125,7 @@ def histograms(found: SplitStatistics) -> list[Histogram]:
     return [
         Histogram.of(title, [(part.name, part.of(quantity)) for part in parts], scale)
         for quantity, title, scale in TITLES
-        if quantity in known
+        if quantity in known and (quantity != "system_characters" or len(found.total.of(quantity)))
     ]
 
 

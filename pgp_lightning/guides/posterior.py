@@ -174,7 +174,8 @@ class PosteriorGuide(Guide):
             subset: which visual tokens take part; all by default.
         """
         processor = self.vlm.processor
-        prompts = [processor.prompt(question, None, self.bottleneck_order) for question in request.questions]
+        asked = zip(request.questions, request.systems, strict=True)
+        prompts = [processor.prompt(question, None, self.bottleneck_order, system) for question, system in asked]
         slots = self._lay_out(prompts, request, subset, cut=True)
         states = slots.gather(self._decode(slots, _take(visual, subset)))
         posterior = self.bottleneck(states)
@@ -198,8 +199,10 @@ class PosteriorGuide(Guide):
             blind: leave the question out, so that Y must be read from Z alone (ours, not the paper's).
         """
         processor, order = self.vlm.processor, self.reconstruction_order
-        pairs = zip(request.questions, answers, strict=True)
-        prompts = [processor.prompt(None if blind else question, answer, order) for question, answer in pairs]
+        turns = zip(request.questions, answers, request.systems, strict=True)
+        prompts = [
+            processor.prompt(None if blind else question, answer, order, system) for question, answer, system in turns
+        ]
         slots = self._lay_out(prompts, request, subset)
         hidden = self._decode(slots, latents)
         # The head is the widest product of a step: it runs on supervised slots only.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -215,7 +216,7 @@ class PGP(pl.LightningModule):
         ]
         if None not in order:
             questions = [request.questions[i] for i in order if i is not None]
-            other = self.guide(type(request)(questions, request.tiles, request.grids, request.images))
+            other = self.guide(replace(request, questions=questions, relevant=None, other_questions=None))
             self._recall("test", other, relevant, "/another_question")
         padding = importance.isinf()
         random = [torch.from_numpy(self._rng(_CONTROL, i, t).random(padding.shape[1])) for i, t in self._keys(batch)]

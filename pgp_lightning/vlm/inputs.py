@@ -46,7 +46,8 @@ def prompt_inputs(
             "its family"
         )
     context, pad = vlm.processor.context_id, vlm.processor.stop_id
-    prompts = [vlm.processor.prompt(question, None, order) for question in request.questions]
+    asked = zip(request.questions, request.systems, strict=True)
+    prompts = [vlm.processor.prompt(question, None, order, system) for question, system in asked]
     rows = [[*p.before, *[context] * n, *p.after] for p, n in zip(prompts, request.counts, strict=True)]
     width = max(map(len, rows))
     vlm.processor.check_length(width)

@@ -86,14 +86,15 @@ class ChatTemplate:
         system = self.system if system is None else system
         return self.begin + (f"{self.system_open}{system}{self.separator}" if system else "")
 
-    def render(self, question: str | None, order: PromptOrder) -> tuple[str, str]:
+    def render(self, question: str | None, order: PromptOrder, system: str | None = None) -> tuple[str, str]:
         """Return the text before the visual tokens and after them, up to where the answer begins.
 
         Args:
             question: the user's words; None leaves them out (the question-blind reconstruction pass).
             order: native (`image_first`), or `question_first`, in which the visual tokens can see the question.
+            system: text of the system block in place of the template's own, empty for none.
         """
-        before, after = self.opening() + self.user, self.image_close
+        before, after = self.opening(system) + self.user, self.image_close
         if question is not None and order == "question_first":
             before += f"{question}\n"
         elif question is not None:
@@ -134,14 +135,22 @@ class Processor:
         """Id of the token that ends an answer."""
         return self._single(self.template.stop)
 
-    def prompt(self, question: str | None, answer: str | None, order: PromptOrder) -> PromptIds:
+    def prompt(
+        self, question: str | None, answer: str | None, order: PromptOrder, system: str | None = None
+    ) -> PromptIds:
         """Return the ids of one turn; the answer's, if given, end with the stop token.
+
+        Args:
+            question: the user's words; None leaves them out.
+            answer: of the assistant; None for a prompt.
+            order: of question and image.
+            system: text of the system block in place of the template's own, empty for none.
 
         Raises:
             ConfigError: if a text holds a placeholder of images.
         """
-        self._without_images(question or "", answer or "")
-        before, after = self.template.render(question, order)
+        self._without_images(question or "", answer or "", system or "")
+        before, after = self.template.render(question, order, system)
         ids = self.encode(after)
         return PromptIds(self.encode(before), ids, [] if answer is None else self._answer(after, ids, answer))
 
@@ -167,21 +176,21 @@ class Processor:
                 "noise: shorten the question, or tile the image into fewer tiles (max_tiles)"
             )
 
-    def prompt_length(self, question: str, answer: str, visual_tokens: int) -> int:
+    def prompt_length(self, question: str, answer: str, visual_tokens: int, system: str | None = None) -> int:
         """Return how many prompt slots a turn takes."""
-        ids = self.prompt(question, answer, "question_first")
+        ids = self.prompt(question, answer, "question_first", system)
         return len(ids.before) + visual_tokens + len(ids.after) + len(ids.answer)
 
-    def fits(self, question: str, answer: str, visual_tokens: int, budget: int) -> bool:
+    def fits(self, question: str, answer: str, visual_tokens: int, budget: int, system: str | None = None) -> bool:
         """Say whether a turn takes at most so many prompt slots; it is tokenised only if its characters leave a doubt.
 
         A tokenizer makes at most one token of an ASCII character. That holds for bytes, characters and words, and no
-        Unicode normalisation touches ASCII.
+        Unicode normalisation touches ASCII. A turn with a system text of its own is always tokenised.
         """
-        around, most = self._slots_around_texts, sys.maxsize
+        around, most = None if system is not None else self._slots_around_texts, sys.maxsize
         if around is not None and question.isascii() and answer.isascii():
             most = around + len(question) + len(answer) + visual_tokens
-        return most <= budget or self.prompt_length(question, answer, visual_tokens) <= budget
+        return most <= budget or self.prompt_length(question, answer, visual_tokens, system) <= budget
 
     @cached_property
     def _slots_around_texts(self) -> int | None:
@@ -270,7 +279,7 @@ class Processor:
         for mark in (PLACEHOLDER, self.template.context):
             if any(mark in text for text in texts):
                 raise ConfigError(
-                    f"a question or an answer holds {mark}, which stands for an image: leave it out, the image comes "
+                    f"a question, an answer or a system text holds {mark}, which stands for an image: leave it out, the image comes "
                     "into the prompt by itself (only `Processor.conversation` takes texts with placeholders)"
                 )
 

@@ -25,6 +25,7 @@ class Request:
         images: the image of each question, B indices below I; by default question b asks about image b.
         relevant: bool (B, M), the visual tokens that matter, padded with False (only where the truth is known).
         other_questions: B questions about other images, for controls.
+        systems: B texts of the system block, empty for none; None, the default, stands for the chat format's own.
 
     Raises:
         ValueError: if counts disagree.
@@ -36,10 +37,15 @@ class Request:
     images: list[int] = field(default_factory=list)
     relevant: Tensor | None = None
     other_questions: list[str] | None = None
+    systems: list[str | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.images:
             self.images = list(range(len(self.questions)))
+        if not self.systems:
+            self.systems = [None] * len(self.questions)
+        if len(self.systems) != len(self.questions):
+            raise ValueError(f"{len(self.questions)} questions need a system text or None each, got {self.systems}")
         if len(self.images) != len(self.questions) or not all(0 <= i < len(self.grids) for i in self.images):
             raise ValueError(
                 f"{len(self.questions)} questions need an index each into {len(self.grids)} images, got {self.images}"

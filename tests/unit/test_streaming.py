@@ -150,7 +150,8 @@ def test_padding_is_that_of_the_loaders_batches(benchmark, records, group):
     found = list(sections.lengths_of_batches(mixture, lengths))
     seen = []
     for batch in TrainingLoader(mixture, bench.reader, mixture.batches_per_epoch):
-        rows = zip(batch.request.questions, batch.answers, batch.request.counts, strict=True)
+        request = batch.request
+        rows = zip(request.questions, batch.answers, request.counts, request.systems, strict=True)
         seen.append([bench.reader.processor.prompt_length(*row) for row in rows])
     assert sorted(found) == sorted(seen)
     slots = [pad_sequence([torch.ones(length) for length in rows]) for rows in seen]

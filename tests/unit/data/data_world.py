@@ -63,11 +63,11 @@ class WordProcessor:
     rule: TileRule = field(default_factory=lambda: TileRule(tile_size=8, tokens_per_side=2, max_tiles=4))
     max_length: int = 100
 
-    def prompt_length(self, question: str, answer: str, visual_tokens: int) -> int:
-        return len(question.split()) + len(answer.split()) + visual_tokens
+    def prompt_length(self, question: str, answer: str, visual_tokens: int, system: str | None = None) -> int:
+        return len((system or "").split()) + len(question.split()) + len(answer.split()) + visual_tokens
 
-    def fits(self, question: str, answer: str, visual_tokens: int, budget: int) -> bool:
-        return self.prompt_length(question, answer, visual_tokens) <= budget
+    def fits(self, question: str, answer: str, visual_tokens: int, budget: int, system: str | None = None) -> bool:
+        return self.prompt_length(question, answer, visual_tokens, system) <= budget
 
 
 def stream_source(folder: Path, repeat: float = 1.0, allowed_rejects: float = 0.0) -> StreamSource:

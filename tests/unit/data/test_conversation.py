@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 from data_world import WordProcessor, picture
 
+from pgp_lightning.data.collate import Item, collate
 from pgp_lightning.data.conversation import ConversationReader
+from pgp_lightning.data.grouping import SlotEstimate
 from pgp_lightning.data.records import RawRecord, UnusableRecord
 
 GOOD = {"question": "what colour", "answer": "red", "relevant": [3, 1, 3], "type": "colour"}
@@ -29,9 +32,30 @@ def test_reads_a_record() -> None:
         assert ConversationReader(WordProcessor())(raw({"turns": [GOOD]}, picture(form=form))).grid == found.grid
 
 
+@pytest.mark.parametrize("system", ["be brief and kind", "", None])
+def test_a_system_text_is_part_of_the_conversation_and_of_its_length(system: str | None) -> None:
+    words = len((system or "").split())
+    record = {"turns": [GOOD, GOOD]} | ({} if system is None else {"system": system})
+    reader = ConversationReader(WordProcessor(), turns="all", max_length=20 + 3 + words)
+    found = reader(raw(record))
+    assert found.system == system and found.grid.tokens == 20
+    shorter = replace(reader, max_length=20 + 2 + words)
+    assert shorter(raw(record)).grid.tokens < 20
+    batch = collate([Item(found, "s", 0), Item(replace(found, system="other"), "s", 1)])
+    assert batch.request.systems == [system, system, "other", "other"]
+    assert batch.select([3, 0]).request.systems == ["other", system]
+    text = json.dumps({**record, "width": 16, "height": 16}).encode()
+    estimate = SlotEstimate(ConversationReader(WordProcessor()))(text, lambda: (16, 16))
+    assert estimate == 20 + len((system or "") + "what colourred") // 4
+
+
 @pytest.mark.parametrize(
     ("record", "image", "reason"),
     [
+        ({"turns": [GOOD], "system": ["be", "brief"]}, None, "bad-system"),
+        ({"turns": [GOOD], "system": "<image>"}, None, "bad-text"),
+        ({"turns": [GOOD], "system": "\ud800"}, None, "bad-text"),
+        ({"turns": [GOOD], "system": "why " * 97}, None, "too-long"),
         ({"turns": [GOOD]}, b"", "bad-image"),
         ({"turns": [GOOD]}, picture()[:60], "bad-image"),
         ({"turns": [GOOD]}, picture(form="GIF"), "bad-image"),

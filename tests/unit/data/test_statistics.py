@@ -23,6 +23,7 @@ from pgp_lightning.data.manifest import Manifest
 from pgp_lightning.data.statistics import Gauge, SplitStatistics, measure_split, summarise
 from pgp_lightning.data.writing import write_source
 from pgp_lightning.errors import ConfigError, DataError
+from pgp_lightning.evaluation.statistics_report import as_json, caption, histograms, percentiles
 from pgp_lightning.vlm.tiles import TileRule
 from tests.tiny import tiny_processor
 
@@ -36,6 +37,8 @@ class StatedBuilder(PictureBuilder):
         answer = "" if index in self.broken else "red " * (index + 1)
         turns = [{"question": f"<i>what</i> {turn}?", "answer": answer} for turn in range(1 + index % 3)]
         record = {"width": width, "height": height, "turns": turns}
+        if index % 4 == 1:
+            record["system"] = "what is " * index
         return f"{self.name}-{index:04d}", picture(index, width, height, "JPEG"), "jpg", record
 
 
@@ -102,6 +105,7 @@ def twin(
             "pixels": image.width * image.height,
             "visual_tokens": len(grid.rectangles()),
         }
+        values.setdefault("system_characters", []).extend([len(record["system"])] if "system" in record else [])
         for quantity, value in of_record.items():
             values.setdefault(quantity, []).append(value)
         for turn in record["turns"]:
@@ -111,11 +115,23 @@ def twin(
                 "answer_characters": len(turn["answer"]),
                 "question_tokens": len(question),
                 "answer_tokens": len(answer),
-                "slots": model.prompt_length(turn["question"], turn["answer"], grid.tokens),
+                "slots": model.prompt_length(turn["question"], turn["answer"], grid.tokens, record.get("system")),
             }
             for quantity, value in of_turn.items():
                 values.setdefault(quantity, []).append(value)
     return values, unusable
+
+
+def test_system_texts_are_counted_and_named(manifest: Manifest):
+    found = measure_split(manifest, "train", Gauge(tiny_processor().rule, tiny_processor()))
+    assert found.sources[1].of("system_characters").tolist() == [8, 40, 72, 104]
+    assert found.sources[0].of("system_characters").tolist() == []
+    assert "4 with a system text of their own" in caption(found)
+    rows = {row[0]: row for row in percentiles(found.total)}
+    assert rows["characters of a system text"][1:3] == ["4", "56"]
+    assert as_json(found)["sources"]["headers"]["system_characters"] is None
+    without = replace(found, sources=found.sources[:1])
+    assert "system" not in caption(without) and len(histograms(without)) == len(histograms(found)) - 1
 
 
 def check(found: SplitStatistics, manifest: Manifest, rule: TileRule, first: int | None = None) -> None:

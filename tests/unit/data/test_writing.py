@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import yaml
 from data_world import FailingBuilder, PictureBuilder
-from raw_world import InterruptedBuilder, PickyBuilder, raw, write_raw
+from raw_world import InterruptedBuilder, PickyBuilder, raw, turns, write_raw
 
 from pgp_lightning.data import records, shard_writing, writing
 from pgp_lightning.data.build_lock import build_lock
 from pgp_lightning.data.index import Index
+from pgp_lightning.data.instructions import InstructionRecords
 from pgp_lightning.data.manifest import Build, Source, Upstream
 from pgp_lightning.data.shards import ShardReader, verify_source
 from pgp_lightning.data.writing import build_source, build_summary, excess_rejects, make_source, write_source
@@ -266,6 +267,16 @@ def test_a_source_with_too_many_rejects_is_refused(tmp_path: Path) -> None:
     assert build_summary(source, index) == "10 records in, 7 used, 3 rejected (even 1, odd 2)"
     for number, said in ((10, "upstream says 10"), (12, "upstream says 12, a difference of -2")):
         assert build_summary(replace(source, upstream=Upstream(records=number)), index).endswith(f"; {said}")
+
+
+def test_system_texts_are_counted(tmp_path: Path) -> None:
+    lines = [raw(), raw(system="In French."), raw(conversations=[{"from": "system", "value": ""}, *turns()])]
+    source = Source("s", "train", tmp_path / "s", tmp_path / "m.yaml")
+    index = write_source(tmp_path / "s", InstructionRecords(**write_raw(tmp_path, lines)), progress=False)
+    assert index.totals["system_texts"] == 2
+    assert build_summary(source, index).endswith("; 2 with a system text of their own, in place of the chat format's")
+    index = write_source(tmp_path / "t", InstructionRecords(**write_raw(tmp_path, [raw()])), progress=False)
+    assert "system_texts" not in index.totals and build_summary(source, index) == "1 records in, 1 used, 0 rejected"
 
 
 def test_expected_rejects_are_counted_apart(tmp_path: Path) -> None:

@@ -53,6 +53,17 @@ def test_a_record_with_its_boxes():
     assert pictures([show_record(SOURCE, raw(png(600, 6, "I;16")))])[0].width == 448
 
 
+def test_a_system_text_is_shown(capsys: pytest.CaptureFixture[str]):
+    shown = show_record(SOURCE, raw(system="Answer in <b>French</b>,\nin capitals."))
+    print_records([shown])
+    assert "  system Answer in <b>French</b>,\n        in capitals.\n" in capsys.readouterr().out
+    assert "system: Answer in <b>French</b>" in Page(records_page("title", [shown])).text
+    without = show_record(SOURCE, raw())
+    print_records([without])
+    assert without.system is None and "system" not in capsys.readouterr().out
+    assert show_record(SOURCE, raw(system=3)).problem.startswith("bad-system")
+
+
 def test_texts_are_no_markup_and_steer_nothing(capsys: pytest.CaptureFixture[str]):
     question = EVIL.removesuffix("\ud800")  # half a pair would make the record one that cannot be used
     shown = show_record(SOURCE, raw(turns=[{"question": question, "answer": "[red]x[/red]" + "y" * 400}]))
@@ -75,7 +86,7 @@ def test_texts_are_no_markup_and_steer_nothing(capsys: pytest.CaptureFixture[str
         (RawRecord("k", png(), b"<script>\xff"), "bad-record: k: ", True),
         (RawRecord("k", png(), b"[" * 100_000), "bad-record: k: ", True),
         (RawRecord("k", None, b'{"turns": []}'), "no-image: k has no image", False),
-        (raw(b"no image"), "bad-image: k-1: cannot identify", False),
+        (raw(b"no image"), "bad-image: k-1: 8 bytes that are no PNG", False),
         (raw(png()[:200]), "bad-image: ", False),
         (raw(turns=[{"question": "q", "answer": ""}]), "empty-answer: k-1: expected a text", True),
         (raw(turns=7), "no-turns: k-1 has no question turn", True),

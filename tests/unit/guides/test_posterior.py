@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from tests.unit.guides.made import CLOSE, both_passes, make, some, watched
 def full_ids(guide: PosteriorGuide, request: Request, row: int, answer: str | None, order: Any) -> tuple[Any, ...]:
     """Return a row's whole prompt as transformers wants it, where its visual tokens lie, and its labels."""
     processor = guide.vlm.processor
-    prompt = processor.prompt(request.questions[row], answer, order)
+    prompt = processor.prompt(request.questions[row], answer, order, request.systems[row])
     context = processor.encode("<IMG_CONTEXT>") * request.counts[row]
     ids = torch.tensor([[*prompt.before, *context, *prompt.after, *prompt.answer]])
     labels = torch.full_like(ids, -100)
@@ -58,6 +59,21 @@ def test_states_are_the_model_s_last_hidden_states_at_the_visual_slots(
         # The original sees the rest of the prompt and an answer too; what comes later cannot matter.
         out, visual = in_the_family_model(mine, request_, row, ANSWERS[row], order)
         torch.testing.assert_close(found.states[row, found.mask[row]], out.hidden_states[-1][0, visual], **CLOSE)
+
+
+def test_system_texts_are_part_of_both_passes(native: PosteriorGuide, request_: Request):
+    asked = replace(request_, systems=["what is it", None, "", "red"])
+    with torch.no_grad():
+        found = native.bottleneck_pass(asked, visual := native.visual_tokens(asked))
+        plain = native.bottleneck_pass(request_, visual)
+        predicted = native.reconstruction_pass(asked, list(ANSWERS), visual)
+    for row, system in enumerate(asked.systems):
+        out, slots = in_the_family_model(native, asked, row, ANSWERS[row], "image_first")
+        torch.testing.assert_close(found.states[row, found.mask[row]], out.hidden_states[-1][0, slots], **CLOSE)
+        answer = predicted.rows == row
+        torch.testing.assert_close(predicted.logits[answer], out.logits[0, -int(answer.sum()) - 1 : -1], **CLOSE)
+        same = torch.equal(found.states[row], plain.states[row])
+        assert same == (system is None or not (system or native.vlm.processor.template.system))
 
 
 @pytest.mark.parametrize("which", ["guide", "native", "mixed"])

@@ -68,6 +68,20 @@ def test_rows_are_prompts_padded_on_the_left(vlm: VLM, order: Any):
     assert vlm.visual_slots(ids).sum(dim=1).tolist() == request.counts
 
 
+@pytest.mark.parametrize("order", ["image_first", "question_first"])
+def test_a_row_gets_its_own_system_text(vlm: VLM, order: Any):
+    request = replace(ask(vlm), systems=["what is", None, "", "red"])
+    ids, processor = prompt_inputs(vlm, request, order)["input_ids"], vlm.processor
+    for row, (question, system) in enumerate(zip(QUESTIONS, request.systems, strict=True)):
+        prompt = processor.prompt(question, None, order, system)
+        expected = [*prompt.before, *[processor.context_id] * request.counts[row], *prompt.after]
+        assert ids[row, -len(expected) :].tolist() == expected
+        if system:
+            assert prompt.before != processor.prompt(question, None, order).before
+    with pytest.raises(ValueError, match="4 questions need a system text or None each"):
+        replace(request, systems=["what"])
+
+
 def test_a_row_gets_its_own_images_tiles(vlm: VLM):
     request = ask(vlm, (2, 0, 2, 1))
     pixels = prompt_inputs(vlm, request)["pixel_values"]

@@ -15,7 +15,7 @@ from pgp_lightning.errors import ConfigError
 from pgp_lightning.vlm.internvl import TEMPLATES
 from pgp_lightning.vlm.llava import VICUNA
 from pgp_lightning.vlm.loading import load_tokenizer
-from pgp_lightning.vlm.processor import ChatTemplate, Message, Processor, read_side_car
+from pgp_lightning.vlm.processor import PLACEHOLDER, ChatTemplate, Message, Processor, PromptOrder, read_side_car
 from pgp_lightning.vlm.tiles import TileRule
 from tests.tiny import GOLDEN, RULE, golden, tiny_processor
 
@@ -124,6 +124,43 @@ def test_a_prompt_of_one_turn_is_the_beginning_of_the_training_sample(case: dict
     assert ids == case["input_ids"][: len(ids)]
     assert [i for i in case["labels"] if i != -100][: len(prompt.answer)] == prompt.answer
     assert processor.prompt_length(text, answer["value"], count) == len(ids)
+
+
+WITH_SYSTEM = [case for case in SAMPLES if not case["text_only"] and case["conversations"][0]["from"] == "system"]
+
+
+@pytest.mark.parametrize("case", WITH_SYSTEM, ids=case_name)
+def test_a_prompt_with_a_system_text_is_the_beginning_of_the_training_sample(case: dict[str, Any]):
+    system, question, answer = (part["value"] for part in case["conversations"][:3])
+    processor = toy(case["tokenizer"], case["template"])
+    order: PromptOrder = "image_first" if question.startswith("<image>") else "question_first"
+    prompt = processor.prompt(question.replace("<image>", "").strip("\n"), answer, order, system)
+    count = case["num_tiles"][0] * case["tokens_per_tile"]
+    ids = [*prompt.before, *[processor.context_id] * count, *prompt.after, *prompt.answer]
+    assert system in processor.tokenizer.decode(prompt.before) and ids == case["input_ids"][: len(ids)]
+
+
+@pytest.mark.parametrize("system", ["Answer in French.", "\u7528\u4e2d\u6587", "", None])
+@pytest.mark.parametrize("order", ["image_first", "question_first"])
+@pytest.mark.parametrize("name", [*EVERY, "vicuna"])
+def test_a_system_text_takes_the_place_of_the_templates_own(name: str, order: PromptOrder, system: str | None):
+    template = {**EVERY, "vicuna": VICUNA}[name]
+    processor = reader(template)
+    prompt = processor.prompt("What?", "Red", order, system)
+    text = f"What?\n{PLACEHOLDER}" if order == "question_first" else f"{PLACEHOLDER}\nWhat?"
+    messages = [Message("user", text), Message("assistant", "Red")]
+    if system is not None:
+        messages.insert(0, Message("system", system))
+    ids, _ = processor.conversation(messages, [5])
+    found = [*prompt.before, *[processor.context_id] * 5, *prompt.after, *prompt.answer]
+    assert found == ids[: len(found)] and len(found) == processor.prompt_length("What?", "Red", 5, system)
+    before = processor.tokenizer.decode(prompt.before)
+    assert (template.system in before) == (system is None or not template.system) and (system or "") in before
+    if system == "":
+        assert not template.system_open or template.system_open not in before
+    if system is not None:
+        assert processor.fits("What?", "Red", 5, len(found), system)
+        assert not processor.fits("What?", "Red", 5, len(found) - 1, system)
 
 
 PIECES = ("a", "Z", " ", "  ", "\n", "\t", "\r\n", "<", ">", "|", "12345", "what is", "'s", "~", "\0", "<|im_end|>")
