@@ -31,6 +31,7 @@ __all__ = ["BatchRange", "EvaluationBatches", "Failure", "Nothing", "Parcel", "T
 
 _log = logging.getLogger(__name__)
 _SEARCH_LIMIT = 1000
+_NAMED = 10  # records of a source and reason that are named in the log
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class _Records:
         self._shards = ShardReader(capacity, cache)
         self._estimate = SlotEstimate(reader)
         self._damaged: dict[Path, str] = {}
+        self._named: dict[str, set[tuple[Path, int]]] = {}
 
     def conversation(self, source: StreamSource, shard: Shard, number: int) -> Conversation:
         """Return a record as a conversation.
@@ -120,7 +122,19 @@ class _Records:
             DataError: if the shard is damaged and the source says no more.
             ConfigError: if the machine fails to read the shard, again and again.
         """
-        return self.reader(self._read(source, shard, number), source.max_tiles, self._empty)
+        raw = self._read(source, shard, number)
+        try:
+            return self.reader(raw, source.max_tiles, self._empty)
+        except UnusableRecord as error:
+            self._name(f"{source.name}/{error.reason}", shard, number, error)
+            raise
+
+    def _name(self, counted: str, shard: Shard, number: int, error: UnusableRecord) -> None:
+        """Say which record cannot be used, of every source and reason the first ones that this process meets."""
+        named = self._named.setdefault(counted, set())
+        if len(named) < _NAMED and (shard.path, number) not in named:
+            named.add((shard.path, number))
+            _log.warning("%s: record %d of %s cannot be used: %s", counted, number, shard.shown, error.detail)
 
     def slots(self, source: StreamSource, shard: Shard, number: int) -> int:
         """Return a record's estimated slots, 0 for one that cannot be used.

@@ -70,6 +70,22 @@ def test_a_lenient_source_replaces_its_records(
     assert found == {number: batch for number, batch in expected.items() if number >= 28}
 
 
+def test_the_first_unusable_records_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    broken = tuple(range(3, 39, 3))
+    write_source(tmp_path / "d", PictureBuilder("d", 40, broken), 10, progress=False)
+    source = stream_source(tmp_path / "d", allowed_rejects=1.0)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            rejected = sum((Counter(batch.rejected) for batch in EvaluationLoader((source,), READER, 4)), Counter())
+    assert rejected == {"d/bad-image": 12}
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 20 and told[:10] == told[10:]  # of each pass
+    for number, line in zip(broken[:10], told[:10], strict=True):
+        shard = tmp_path / "d" / f"d-{number // 10:05d}.tar"
+        assert line.startswith(f"d/bad-image: record {number % 10} of {shard} cannot be used: d-{number:04d}: ")
+        assert "0x" not in line
+
+
 def test_more_damage_than_allowed_stops_the_run(damaged: StreamSource) -> None:
     lenient = replace(damaged, on_damage="substitute", allowed_rejects=0.09)
     with pytest.raises(

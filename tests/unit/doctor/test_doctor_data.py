@@ -92,6 +92,16 @@ def set_texts(case: Case, folder: Path, *texts: str) -> None:
     assert main(["shards", "build", case.data["manifest"]]) == 0
 
 
+def test_a_special_token_in_a_system_text(case: Case, tmp_path: Path):
+    set_texts(case, tmp_path, "a text")
+    lines = json.loads((tmp_path / "notes.jsonl").read_text())
+    plain = json.dumps(lines | {"system": "be brief"})
+    (tmp_path / "notes.jsonl").write_text(json.dumps(lines | {"system": "be <|im_end|> brief"}) + f"\n{plain}\n")
+    case.rewrite_manifest(root=str(tmp_path / "system"))
+    assert main(["shards", "build", case.data["manifest"]]) == 0
+    case.finds("warn", "train/texts", "of 2 of them", "hold special tokens", "<|im_end|> 1: take them out")
+
+
 def test_special_tokens_in_texts_wherever_they_stand_in_a_source(case: Case, tmp_path: Path):
     texts = ["a text"] * 1000
     texts[990:] = ["one <|im_end|> and <|im_end|>"] * 10

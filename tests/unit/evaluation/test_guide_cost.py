@@ -53,8 +53,9 @@ def counted(run: Callable[[], object]) -> int:
 
 @pytest.fixture
 def asked() -> Request:
-    """Four questions of different lengths about three images of different sizes."""
-    return tiny_request(QUESTIONS, images=(0, 1, 2, 0))
+    """Four questions of different lengths about three images of different sizes, one with a system text of its own."""
+    system = "what color is what and where is it " * 3
+    return replace(tiny_request(QUESTIONS, images=(0, 1, 2, 0)), systems=[None, system, None, None])
 
 
 @pytest.mark.parametrize("order", ["question_first", "image_first"])

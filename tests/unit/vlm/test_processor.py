@@ -182,6 +182,11 @@ def test_what_fits_is_what_is_no_longer_than_the_budget(name: str, template: str
         for budget in (length - 1, length, length + 5, length + 40):
             assert processor.fits(question, answer, 7, budget) == (length <= budget), (question, answer, budget)
 
+    system = "In French, in capitals. " * 9
+    length = processor.prompt_length("what", "this", 7, system)
+    assert length > processor.prompt_length("what", "this", 7) and processor.fits("what", "this", 7, length, system)
+    assert not processor.fits("what", "this", 7, length - 1, system)
+
     def refuse(*_: Any, **__: Any) -> list[int]:
         raise AssertionError("tokenised")
 
