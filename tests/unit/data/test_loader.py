@@ -190,7 +190,8 @@ def test_damaged_shards_are_named_even_from_a_worker(tmp_path: Path) -> None:
     mixture = Mixture((stream_source(tmp_path / "a"),), lanes=2, batch_size=2)
     shard = tmp_path / "a" / "a-00001.tar"
     shard.write_bytes(shard.read_bytes()[:3000])
-    with pytest.raises(DataError, match=r"^.*a-00001.tar has 3000 bytes, index.json promises \d+: copy it again") as caught:
+    damage = r"^.*a-00001.tar has 3000 bytes, index.json promises \d+: copy it again"
+    with pytest.raises(DataError, match=damage) as caught:
         list(TrainingLoader(mixture, READER, 6, workers=1))
     assert "Traceback" not in str(caught.value)
     shard.unlink()
