@@ -86,7 +86,7 @@ def masked_states(vlm: VLM, embeddings: Tensor, valid: Tensor, masked: Masked) -
         mask = (causal & torch.where(after, later, seen))[:, None]
         if decoder.config._attn_implementation == "eager":
             mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-        hidden = layer(hidden, attention_mask=mask, position_embeddings=rope, past_key_values=None, use_cache=False)
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=rope, use_cache=False)
     logits: Tensor = vlm.head(decoder.norm(hidden))
     return logits, before
 

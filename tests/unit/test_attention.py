@@ -29,6 +29,7 @@ from pgp_lightning.attention import (
     project_queries,
     watch_attention,
 )
+from pgp_lightning.vlm.decoder_call import cache_keyword, cache_of_output
 from tests.pairwise import pairwise
 from tests.tiny import enlarge
 from tests.toy_decoder import read_golden, toy_vlm
@@ -131,8 +132,8 @@ def test_rows_of_a_prompt_that_continues_a_cache_see_all_of_it():
         model = decoder("llama, grouped keys")
         head = {"input_ids": ids[:, :6], "attention_mask": mask[:, :6], "position_ids": positions[:, :6]}
         tail = {"input_ids": ids[:, 6:], "attention_mask": mask, "position_ids": positions[:, 6:]}
-        cache = model(**head, use_cache=True).past_key_values
-        seen = watch_all(model, 3, lambda m: m(**tail, past_key_values=cache))
+        cache = cache_of_output(model(**head, use_cache=True))
+        seen = watch_all(model, 3, lambda m: m(**tail, **{cache_keyword(m): cache}))
     for found, matrix in zip(seen, whole.attentions, strict=True):
         torch.testing.assert_close(found[0], matrix[:, :, -3:], **CLOSE)
 
@@ -280,7 +281,7 @@ def rows_under(mask: Tensor | None, last: int = 3) -> Tensor:
     module, hidden, angle = Still(), torch.randn(2, 6, 8), torch.rand(2, 6, 4)
     seen: list[Tensor] = []
     with watch_attention(module, seen.append, last):
-        module(hidden, position_embeddings=(angle.cos(), angle.sin()), attention_mask=mask, past_key_values=None)
+        module(hidden, position_embeddings=(angle.cos(), angle.sin()), attention_mask=mask, cache=None)
     return seen[0]
 
 

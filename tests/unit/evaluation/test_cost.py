@@ -33,6 +33,7 @@ from pgp_lightning.prefill import Pruner, pruned
 from pgp_lightning.prefill_state import PrefillState
 from pgp_lightning.pruners.fastv import FastV
 from pgp_lightning.pruners.guided import Guided
+from pgp_lightning.vlm.decoder_call import cache_of_output
 from pgp_lightning.vlm.internvl import InternVL
 from pgp_lightning.vlm.llava import VICUNA, Llava
 from pgp_lightning.vlm.memory import geometry
@@ -178,7 +179,7 @@ def test_answering_costs_what_torch_counts_and_caches_what_the_cache_holds(pair,
     cost = prune_cost(config, schedule, tiles=tiles, text=text, new_tokens=new_tokens, guide=7)
     assert cost.total - 7 == cost.answer_model == total
     assert (cost.decode == 0) == (new_tokens == 1)
-    cache, slots = found[0].past_key_values, found[1]
+    cache, slots = cache_of_output(found[0]), found[1]
     held = kv_cost(config, schedule.slots(text), new_tokens - 1, torch.float32)
     assert [layer.keys.shape[2] for layer in cache.layers] == list(held.layers)
     assert slots == list(schedule.slots(text))

@@ -17,6 +17,7 @@ from pgp_lightning.guides.attention import Attended, AttentionGuide, Rows, answe
 from pgp_lightning.prefill import Pruner, pruned
 from pgp_lightning.prefill_state import PrefillState
 from pgp_lightning.selection import keep_count, keep_top
+from pgp_lightning.vlm.decoder_call import cache_of_output
 from pgp_lightning.vlm.family import VLM
 from pgp_lightning.vlm.loading import load_vlm
 from pgp_lightning.vlm.processor import PromptOrder
@@ -111,7 +112,7 @@ def test_the_large_model_goes_on_as_in_the_original_code(name: str):
     assert out.sequences[0].tolist() == values["large_tokens"].tolist()
     logits = torch.stack(out.logits, dim=1)[0]
     torch.testing.assert_close(logits, torch.from_numpy(values["large_step_logits"]), rtol=0, atol=5e-4)
-    lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    lengths = [layer.keys.shape[2] for layer in cache_of_output(out).layers]
     assert lengths == values["large_cache_lengths_final"].tolist()
     assert [int(p[0, -1]) for p in positions[1:]] == values["large_decode_positions"].tolist()
     assert [n.item() for n in run.slots] == [length] * layer + [len(values["keep_global"])] * (6 - layer)

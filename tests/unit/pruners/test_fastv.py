@@ -17,6 +17,7 @@ from pgp_lightning.prefill_state import PrefillState
 from pgp_lightning.pruners import fastv
 from pgp_lightning.pruners.fastv import FastV, attention_received
 from pgp_lightning.selection import keep_top
+from pgp_lightning.vlm.decoder_call import cache_keyword
 from pgp_lightning.vlm.family import VLM
 from pgp_lightning.vlm.inputs import prompt_inputs
 from pgp_lightning.vlm.request import Request
@@ -117,13 +118,13 @@ def test_decoding_from_the_cache_is_the_originals(case: str):
     assert pruner.keep_ratio == round(slots.sum().item() * (1 - arrays["R"].item())) / slots.sum().item()
     cache, length = DynamicCache(config=vlm.model.config), slots.shape[1]
     with pruned(vlm, pruner, inputs, visual=slots):
-        tokens = [int(vlm.model(**inputs, past_key_values=cache).logits[0, -1].argmax())]
+        tokens = [int(vlm.model(**inputs, **{cache_keyword(vlm.model): cache}).logits[0, -1].argmax())]
         for step in range(3):
             logits = vlm.model(
                 input_ids=torch.tensor([tokens[-1:]]),
                 attention_mask=torch.ones(1, length + step + 1, dtype=torch.long),
                 position_ids=torch.tensor([[length + step]]),
-                past_key_values=cache,
+                **{cache_keyword(vlm.model): cache},
             ).logits[0, -1]
             close(logits, arrays["decode_logits"][step], 5e-4)
             lengths = [cache.get_seq_length(depth) for depth in range(6)]
@@ -294,7 +295,8 @@ def test_nothing_stays_on_the_model_nor_of_it(layer: int):
 def test_the_scoring_pass_ends_early_and_leaves_inputs_and_cache_alone():
     vlm = build("internvl")
     request = ask(vlm)
-    inputs = prompt_inputs(vlm, request) | {"past_key_values": DynamicCache(config=vlm.decoder.config)}
+    name, cache = cache_keyword(vlm.model), DynamicCache(config=vlm.decoder.config)
+    inputs = prompt_inputs(vlm, request) | {name: cache}
     untouched = {key: value.clone() for key, value in inputs.items() if isinstance(value, Tensor)}
     ran: list[int] = []
     for depth, layer in enumerate(vlm.decoder_layers):
@@ -302,10 +304,10 @@ def test_the_scoring_pass_ends_early_and_leaves_inputs_and_cache_alone():
     # Layer 2 only shows its input: layers 0 and 1 run.
     with torch.no_grad(), pruned(vlm, FastV(0, 0.4, score_layer=3), inputs, request):
         assert ran == [0, 1]
-        assert inputs["past_key_values"].get_seq_length() == 0
+        assert cache.get_seq_length() == 0
         vlm.model(**inputs)
     assert ran == [0, 1, *range(LAYERS)]
-    assert inputs.keys() == {*untouched, "past_key_values"}
+    assert inputs.keys() == {*untouched, name}
     assert all(torch.equal(inputs[key], value) for key, value in untouched.items())
 
 

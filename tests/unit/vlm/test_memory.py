@@ -19,6 +19,7 @@ from transformers import (
 
 from pgp_lightning.guides.posterior import PosteriorGuide
 from pgp_lightning.objective import divergence_loss, objective, reconstruction_loss
+from pgp_lightning.vlm.decoder_call import cache_keyword
 from pgp_lightning.vlm.internvl import InternVL
 from pgp_lightning.vlm.memory import (
     ZOO,
@@ -71,7 +72,8 @@ def test_the_cache_is_that_of_a_real_one():
     model = tiny_model()
     cache = DynamicCache(config=model.config.text_config)
     with torch.no_grad():
-        model.model.language_model(inputs_embeds=torch.zeros(2, 7, 48), past_key_values=cache)
+        decoder = model.model.language_model
+        decoder(inputs_embeds=torch.zeros(2, 7, 48), **{cache_keyword(decoder): cache})
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert cache_bytes(model.config, 2 * 7, torch.float32) == held
 
