@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from pgp_lightning.bottleneck import GaussianBottleneck, Posterior, check_biases
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.guides.base import Guide, evaluating
-from pgp_lightning.vlm.decoder_call import decode_states
+from pgp_lightning.vlm.decoder_call import decode_states, recompute_layers
 from pgp_lightning.vlm.family import VLM, Attention
 from pgp_lightning.vlm.loading import load_vlm, packaged
 from pgp_lightning.vlm.processor import PromptOrder
@@ -125,7 +125,7 @@ class PosteriorGuide(Guide):
         self.base_fingerprint = _fingerprint(self.vlm.model)
         self.vlm.model.requires_grad_(False)
         if gradient_checkpointing:
-            self.vlm.decoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            recompute_layers(self.vlm.decoder)
         self.model: nn.Module = self.vlm.model
         if lora_rank:
             config = LoraConfig(

@@ -30,6 +30,7 @@ __all__ = [
     "decode_states",
     "extended_output",
     "held_keys",
+    "recompute_layers",
     "without_cache",
 ]
 
@@ -265,6 +266,13 @@ def decode_states(decoder: nn.Module, embeddings: Tensor, mask: Tensor, position
     output: Any = decoder(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False)
     hidden: Tensor = output.last_hidden_state
     return hidden
+
+
+def recompute_layers(decoder: nn.Module) -> None:
+    """Let a text model's layers keep their input alone in training, and run again in the backward pass."""
+    # The first name is newer than 5.20; where it is there, the other warns.
+    enable: Any = getattr(decoder, "activation_checkpointing_enable", None) or decoder.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def without_cache(inputs: Mapping[str, Any]) -> dict[str, Any]:

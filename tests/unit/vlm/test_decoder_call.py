@@ -29,13 +29,14 @@ from pgp_lightning.vlm.decoder_call import (
     cache_keyword,
     cache_of_output,
     held_keys,
+    recompute_layers,
     without_cache,
 )
 from pgp_lightning.vlm.family import VLM
 from pgp_lightning.vlm.inputs import prompt_inputs
 from pgp_lightning.vlm.prompt_cache import plain_cache, take_slots
 from pgp_lightning.vlm.request import Request
-from tests.unit.prefill.made import ask, shared
+from tests.unit.prefill.made import ask, build, shared
 
 ROOT = Path(__file__).parents[3]
 HIDDEN, OTHER = torch.zeros(1, 2, 4), torch.ones(1, 2, 4)
@@ -112,6 +113,7 @@ def test_own_calls_use_no_name_that_is_deprecated():
     vlm, inputs, request = tiny()
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
+        recompute_layers(build("internvl").decoder)
         AttentionGuide(vlm, max_new_tokens=2)(request)
         for pruner in (FastV(layer=0, keep_ratio=0.5), FastV(layer=2, keep_ratio=0.5)):
             with pruned(vlm.model, pruner, inputs):
