@@ -81,6 +81,7 @@ def test_a_checkpoint_in_the_layout_of_transformers_loads_without_side_car(tiny_
     folder = tmp_path / "hf"
     shutil.copytree(tiny_base, folder)
     (folder / "vlm.json").unlink()
+    (folder / "preprocessor_config.json").write_text(json.dumps({"max_patches": 12, "min_patches": 1}))
     processor = load_processor(str(folder))
     assert processor.rule == TileRule(32, 2, 1, 12) and processor.max_length == 256
     assert processor.template.system and processor.template.between == "\n"
