@@ -50,22 +50,26 @@ def refuse_compiled(model: Any) -> None:  # noqa: ANN401 (transformers' classes,
     Raises:
         ConfigError: names the first.
     """
-    if not isinstance(model, nn.Module):
-        return
-    for name, module in model.named_modules():
-        # Looked at and not asked by type: importing torch's compiler takes seconds.
-        forward = vars(module).get("forward")
-        compiled = (
-            getattr(module, "_compiled_call_impl", None) is not None
-            or "_orig_mod" in module._modules
-            or hasattr(forward, "_torchdynamo_orig_callable")
-        )
-        if compiled:
+    waiting = [model] if isinstance(model, nn.Module) else []
+    while waiting:
+        module = waiting.pop()
+        if _compiled(module):
+            name = next(name for name, one in model.named_modules() if one is module)
             where = f"its {name}" if name else "the model"
             raise ConfigError(
                 f"{where} ({type(module).__name__}) is compiled, and compiled code does not run the hooks that prune: "
                 "give pruned() the model as it was before torch.compile, and compile nothing of it while it is pruned"
             )
+        waiting += [child for child in module._modules.values() if child is not None]
+
+
+def _compiled(module: nn.Module) -> bool:
+    # Looked at and not asked by type: importing torch's compiler takes seconds.
+    return (
+        getattr(module, "_compiled_call_impl", None) is not None
+        or "_orig_mod" in module._modules
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+    )
 
 
 def refuse_virtual_tokens(model: Any) -> None:  # noqa: ANN401
