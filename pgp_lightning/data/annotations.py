@@ -131,7 +131,7 @@ class Annotations:
             _, end = json.JSONDecoder().raw_decode(text)
         except (ValueError, RecursionError):
             return
-        if text[end:].lstrip().startswith("{"):
+        if text[end:].lstrip("\ufeff, \t\r").startswith("{"):
             raise self._damage(int(self.spans[number, 0]), number, "two records in one line: a line end is missing")
 
     def _check_end(self) -> None:

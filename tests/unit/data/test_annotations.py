@@ -195,6 +195,8 @@ def test_lines_cut_off_in_the_last_record(tmp_path: Path) -> None:
     ("second", "message"),
     [
         (b'{"a": 2}{"a": 3}', "two records in one line"),
+        (b'{"a": 2}\xef\xbb\xbf {"a": 3}', "two records in one line"),
+        (b'{"a": 2}, {"a": 3},', "two records in one line"),
         (b'{"a": 2} {"a": ' + b"9" * (5 << 20) + b"}", "two records in one line"),
         (b'{"a": "' + bytes(9) + b'"}', "zeros"),
     ],

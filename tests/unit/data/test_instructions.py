@@ -12,9 +12,11 @@ import pytest
 from data_world import WordProcessor, picture
 from raw_world import raw, turns, write_raw
 
+from pgp_lightning.data import conversation
 from pgp_lightning.data.conversation import ConversationReader
 from pgp_lightning.data.instructions import InstructionRecords
 from pgp_lightning.data.records import RawRecord, UnusableRecord
+from pgp_lightning.data.rejects import DAMAGED
 from pgp_lightning.data.shards import verify_source
 from pgp_lightning.data.writing import write_source
 from pgp_lightning.errors import ConfigError
@@ -296,6 +298,22 @@ def test_settings_and_files_that_are_not_there(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"has no shards, .* missing: .*nowhere does not exist"):
             write_source(tmp_path / "a", InstructionRecords(**{**options, key: str(tmp_path / "nowhere")}))
     assert not list(tmp_path.glob(".a.*"))
+
+
+def test_every_reason_is_in_the_list_of_troubles() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    built, read = (
+        text.split(f"### Records that are rejected while shards are {when}")[1] for when in ("built", "read")
+    )
+    reasons = {reason for reason, _ in REFUSED} | {"record-too-large", "unsafe-path", "bad-image", "image-too-large"}
+    listed = [line.split(":")[0] for line in (conversation.__doc__ or "").splitlines() if line.startswith("- ")]
+    assert reasons == named(built) and set(re.findall(r"`([a-z-]+)`", " ".join(listed))) | {DAMAGED} == named(read)
+
+
+def named(text: str) -> set[str]:
+    """Return the reasons in the first column of a section's table."""
+    rows = [line.split("|")[1] for line in text.split("\n###")[0].splitlines() if line.startswith("| `")]
+    return {reason for row in rows for reason in re.findall(r"`([a-z-]+)`", row)}
 
 
 def test_every_reason_is_in_the_readme() -> None:
