@@ -64,6 +64,7 @@ class Driver:
         self.run, self.calls = Run(), 0
         self.turn = threading.RLock()
         self.running = self.closed = False
+        self.guessing: dict[int, bool] = {}  # by thread
         self.state: PrefillState | None = None
 
     @contextmanager
@@ -89,12 +90,14 @@ class Driver:
                     handle.remove()
 
     def asked(self, config: Any, options: dict[str, Any]) -> None:  # noqa: ANN401 (transformers' class)
-        """Refuse ways to generate that no hook could serve, before the first token.
+        """Look at how somebody generates: refuse what no hook could serve, before the first token.
 
         Raises:
             ConfigError: by name.
         """
         assistant = options.get("assistant_model")
+        looked_up = options.get("prompt_lookup_num_tokens", getattr(config, "prompt_lookup_num_tokens", None))
+        self.guessing[threading.get_ident()] = assistant is not None or bool(looked_up)
         if isinstance(assistant, nn.Module) and any(part is self.decoder for part in assistant.modules()):
             self.calls += 1
             raise ConfigError(
@@ -164,6 +167,14 @@ class Driver:
         slots = call.slots
         if len(slots) != len(layers[0].prompt):
             raise ConfigError(f"the prefill had {len(layers[0].prompt)} rows, this step has {len(slots)}")
+        # Guesses may hold anything, and the first token is the model's own.
+        guessed = slots.shape[1] == 1 or self.guessing.get(threading.get_ident(), False)
+        ids = None if guessed or self.announced.ids is None else call.ids
+        if ids is not None and bool(self.vlm.visual_slots(ids[:, 1:]).any()):
+            raise ConfigError(
+                "placeholders of images follow a prompt that is in the cache, and no picture comes with them: a later "
+                "turn is text alone, and the same prompt once more takes a cache of its own"
+            )
         mask, length = call.mask, held_slots(cache) + slots.shape[1]
         if mask is not None and (getattr(mask, "ndim", None) != 2 or mask.shape[1] != length):
             raise ConfigError(

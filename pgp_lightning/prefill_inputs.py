@@ -126,7 +126,10 @@ class Announced:
 
     def _difference(self, alike: bool) -> str:
         if alike:
-            return f"{_ANOTHER}: the attention_mask is another one; give pruned() the mask that the model gets"
+            return (
+                f"{_ANOTHER}: the attention_mask is another one; give pruned() and the model the same (where there is "
+                "none, `generate` may make one up of pad tokens in the prompt)"
+            )
         kind = "input_ids" if self.ids is not None else "inputs_embeds"
         return f"{_ANOTHER}: {kind} of the same kind and another content; {_REMEDY}"
 

@@ -163,6 +163,7 @@ def test_what_goes_on_wrongly_is_refused_by_name(name: str):
             ({**turn, "pixel_values": inputs["pixel_values"]}, "leave pixel_values and features out of calls that go"),
             ({**step, "attention_mask": turn["attention_mask"][:, -2:]}, r"counted without a cut, and the attention_m"),
             ({**step, "attention_mask": torch.ones(1, 1, 2, 2)}, r"attention_mask is \(1, 1, 2, 2\)"),
+            ({**step, "input_ids": inputs["input_ids"]}, "placeholders of images follow a prompt that is in the cache"),
         ):
             with pytest.raises(ConfigError, match=message):
                 (vlm.model.generate if "pixel_values" in given else vlm.model)(**given)
