@@ -66,6 +66,7 @@ class Driver:
         self.running = self.closed = False
         self.guessing: dict[int, bool] = {}  # by thread
         self.state: PrefillState | None = None
+        self.cache: DynamicCache | None = None
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -146,6 +147,11 @@ class Driver:
         """
         head, tail = call.split(self.announced.visual.shape[1])
         first = body(**head)
+        if not held_slots(ModelCall(body, (), tail).cache):
+            raise ConfigError(
+                "slots behind the prompt take a cache, and the model has filled none, as gradient checkpointing does: "
+                "call it with the prompt alone, or switch checkpointing off"
+            )
         self.first, self.seen, self.running, self.prefill = first, 0, True, False
         self._continue(ModelCall(body, (), tail))
         return (), tail
@@ -193,9 +199,9 @@ class Driver:
                 return None  # an exception is on its way
             self._look_at_hooks(self.depth)
             if self.prefill:
-                if self.cache is not None:
+                if self.cache is not None and held_slots(self.cache):  # gradient checkpointing leaves it empty
                     keep_prompts(self.cache, self.past, self.whole)
-                self.state = None
+                self.state = self.cache = None  # nothing here keeps a cache alive
             return output if self.first is None else extended_output(self.first, output)
         finally:
             self.first, self.running = None, False
@@ -224,7 +230,8 @@ class Driver:
             )
 
     def _begin(self, call: Call) -> None:
-        hidden, self.cache = call.hidden, plain_cache(call.cache)
+        hidden = call.hidden
+        self.cache = plain_cache(call.cache)
         copies = len(hidden) // len(self.announced.visual)
         visual, self.whole = (
             part.to(hidden.device).repeat_interleave(copies, dim=0)

@@ -15,7 +15,7 @@ from pgp_lightning.pruners.guided import Guided
 from pgp_lightning.vlm.inputs import prompt_inputs
 from tests.masked_reference import embed
 from tests.tiny import row_of
-from tests.unit.prefill.made import CLOSE, FAMILIES, Given, Masks, ask, random_masks, shared, without_stop
+from tests.unit.prefill.made import CLOSE, FAMILIES, Given, Masks, ask, build, random_masks, shared, without_stop
 
 ANOTHER = "other inputs than pruned\\(\\) was given"
 FIRST, OTHER = "what shape is the square", "is there a white cross"  # as many tokens
@@ -172,3 +172,19 @@ def test_a_known_answer_may_follow_the_prompt(family: str):
         with pytest.raises(ConfigError, match="leave output_hidden_states and output_attentions unset"):
             vlm.model(**whole, output_hidden_states=True)
     torch.testing.assert_close(told, torch.stack(out.logits, dim=1), rtol=0, atol=CLOSE)
+
+
+def test_a_known_answer_without_a_cache_is_refused():
+    vlm = build("internvl")
+    inputs, request = asked("internvl")
+    whole = {name: torch.cat([inputs[name], torch.ones_like(inputs[name][:, :2])], dim=1) for name in ("input_ids",)}
+    whole |= {"attention_mask": torch.ones_like(whole["input_ids"]), "pixel_values": inputs["pixel_values"]}
+    with pruned(vlm, Masks({0: random_masks(request, 0.4)}), inputs, request):
+        with pytest.raises(ConfigError, match=r"2 slots behind the prompt and no cache: .* leave use_cache on"):
+            vlm.model(**whole, use_cache=False)
+        vlm.model.train()
+        vlm.model.gradient_checkpointing_enable({"use_reentrant": False})
+        with pytest.raises(ConfigError, match="the model has filled none, as gradient checkpointing does"):
+            vlm.model(**whole)
+        # The prompt alone runs, and its cache stays empty as it does without a pruner.
+        assert vlm.model(**inputs).logits.requires_grad
