@@ -101,7 +101,7 @@ def test_prune_says_in_one_line_what_is_wrong(
         ([*at, "--question", ""], "give --image and --question, or --scene"),
         (at, "give --image and --question, or --scene"),
         (ask, "give --image and --question, or --scene"),
-        ([*at, "--question", "what <IMG_CONTEXT> is"], "visual tokens"),
+        ([*at, "--question", "what <IMG_CONTEXT> is"], "stands for an image"),
         (["--scene", "-1"], "--scene must be at least 0, got -1"),
         ([*drawn, "--layer", "4"], "cannot prune before layer 4: the model has the layers 0 to 3"),
         ([*drawn, "--layer", "-1"], "layer must be at least 0"),

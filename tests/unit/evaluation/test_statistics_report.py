@@ -40,6 +40,7 @@ def source(name: str, seed: int, records: int = 40, share: float | None = None) 
         "tiles": rng.integers(1, 14, records),
         "question_characters": rng.integers(1, 500, turns.sum()),
         "answer_characters": rng.integers(1, 20, turns.sum()),
+        "system_characters": rng.integers(5, 300, records // 4),
     }
     typed = {key: value.astype(np.int32) for key, value in values.items()}
     return SourceStatistics(name, 2, records + 1, records + 1, {EVIL: 3}, {"bad[red]": 1}, typed, 256, share)
@@ -102,7 +103,8 @@ def test_the_tables(found: SplitStatistics):
 def test_nothing_is_markup_in_the_terminal(found: SplitStatistics, capsys: pytest.CaptureFixture[str]):
     print_statistics(found)
     out = capsys.readouterr().out
-    assert EVIL in out and "bad[red]" in out and "train of m.yaml: 102 records; tiles of 448 px, at most 12" in out
+    head = "train of m.yaml: 102 records, 25 with a system text of their own; tiles of 448 px, at most 12"
+    assert EVIL in out and "bad[red]" in out and head in out
 
 
 def test_json_adds_up(found: SplitStatistics, tmp_path: Path):
@@ -122,7 +124,7 @@ def test_the_page_is_whole_and_its_text_escaped(found: SplitStatistics, tmp_path
     text = (tmp_path / "found.html").read_text()
     page = Page(text)
     assert EVIL in page.text and "a&b" in page.text and not page.all("script") and "://" not in text
-    assert len(page.all("svg")) == 6 and len(page.all("table")) == 5
+    assert len(page.all("svg")) == 7 and len(page.all("table")) == 5
     assert "prefers-color-scheme: dark" in text and "default-src 'none'" in str(page.all("meta"))
 
 
