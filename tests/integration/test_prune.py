@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,9 @@ def test_prune_says_in_one_line_what_is_wrong(
     (tmp_path / "half.png").write_bytes(path.read_bytes()[:600])
     torch.manual_seed(0)
     PosteriorGuide(save_tiny(tmp_path / "tiny"), lora_rank=2).save_pretrained(tmp_path / "guide")
+    quantised = Path(save_tiny(tmp_path / "quantised"))
+    config = json.loads((quantised / "config.json").read_text()) | {"quantization_config": {"quant_method": "novel"}}
+    (quantised / "config.json").write_text(json.dumps(config))
     at, ask, drawn = ["--image", str(path)], ["--question", question], ["--scene", "3"]
     cases: list[tuple[list[str], str]] = [
         (["--image", str(tmp_path / "text.png"), *ask], "text.png must be a PNG, JPEG or WebP picture"),
@@ -101,7 +105,9 @@ def test_prune_says_in_one_line_what_is_wrong(
         ([*at, "--question", ""], "give --image and --question, or --scene"),
         (at, "give --image and --question, or --scene"),
         (ask, "give --image and --question, or --scene"),
-        ([*at, "--question", "what <IMG_CONTEXT> is"], "stands for an image"),
+        ([*at, "--question", "what <IMG_CONTEXT> is"], "stands for an image's visual tokens: leave it out"),
+        ([*at, "--question", "red " * 4000], "slots and the model was made for 448, beyond which it answers noise"),
+        ([*drawn, "--answer-model", str(quantised)], "is quantised (novel) and cannot be loaded here: Unknown"),
         (["--scene", "-1"], "--scene must be at least 0, got -1"),
         ([*drawn, "--layer", "4"], "cannot prune before layer 4: the model has the layers 0 to 3"),
         ([*drawn, "--layer", "-1"], "layer must be at least 0"),

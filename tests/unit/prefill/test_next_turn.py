@@ -167,7 +167,7 @@ def test_what_goes_on_wrongly_is_refused_by_name(name: str):
         ):
             with pytest.raises(ConfigError, match=message):
                 (vlm.model.generate if "pixel_values" in given else vlm.model)(**given)
-    placeholder = "a question, an answer or a system text holds <image>, which stands for an image"
+    placeholder = "a question, an answer or a system text holds <image>, which stands for an image's visual"
     for questions, message in (([], "1 answers take as many questions, got 0"), (["<image> why"], placeholder)):
         with pytest.raises(ConfigError, match=message):
             next_turn(vlm, inputs, first, questions)
