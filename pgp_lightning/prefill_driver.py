@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from pgp_lightning.errors import ConfigError
 from pgp_lightning.prefill_inputs import Announced
 from pgp_lightning.prefill_state import PrefillState, pack
 from pgp_lightning.pruner import Pruner
-from pgp_lightning.vlm.decoder_call import Call, ModelCall, Rope, causal_mask, extended_output
+from pgp_lightning.vlm.decoder_call import Call, ModelCall, Rope, causal_mask, extended_output, recomputed_with_hooks
 from pgp_lightning.vlm.family import VLM
 from pgp_lightning.vlm.prompt_cache import PromptLayer, held_slots, keep_prompts, plain_cache, prompt_layers, take_slots
 
@@ -55,7 +55,7 @@ class Driver:
 
     Attributes:
         run: what the last prefill looked like.
-        calls: how many calls ran the hooks.
+        calls: how many calls ran the hooks, or were refused.
     """
 
     def __init__(self, vlm: VLM, pruner: Pruner, announced: Announced) -> None:
@@ -65,8 +65,17 @@ class Driver:
         self.turn = threading.RLock()
         self.running = self.closed = False
         self.guessing: dict[int, bool] = {}  # by thread
+        self._forget()
+
+    def _forget(self) -> None:
+        """Keep no cache and no graph alive, nor what an exception left half done."""
         self.state: PrefillState | None = None
         self.cache: DynamicCache | None = None
+        self.mask: Tensor | None = None
+        self.tail: Tensor | None = None
+        self.past: list[tuple[Tensor, Tensor | None]] = []
+        self.masks: dict[tuple[int, torch.device], Tensor | None] = {}
+        self.ropes: dict[tuple[int, torch.device], Rope] = {}
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -89,6 +98,9 @@ class Driver:
                 self.closed = True
                 for handle in handles:
                     handle.remove()
+            with suppress(RuntimeError):
+                while True:  # what a call of this thread held when an interrupt broke it off
+                    self.turn.release()
 
     def asked(self, config: Any, options: dict[str, Any]) -> None:  # noqa: ANN401 (transformers' class)
         """Look at how somebody generates: refuse what no hook could serve, before the first token.
@@ -120,8 +132,14 @@ class Driver:
         """Tell a prefill from what follows it, before the model embeds anything."""
         self.turn.acquire()
         if self.closed:
+            self.turn.release()  # the hook that does so at the end is gone
             raise ConfigError("pruned() was left while a thread was calling the model: join the thread before that")
         self.calls += 1
+        if any(recomputed_with_hooks(layer) for layer in self.vlm.decoder_layers):
+            raise ConfigError(
+                "this release of transformers runs hooks again when gradient checkpointing recomputes a layer, which "
+                "would prune what is pruned already: switch it off, or take transformers 5.24"
+            )
         call = ModelCall(body, args, kwargs)
         self.first: Any = None
         self.seen, self.running = 0, True
@@ -134,7 +152,7 @@ class Driver:
         if behind and call.given.get("use_cache") is False:
             raise ConfigError(
                 f"the model got {behind} slots behind the prompt and no cache: generation without a cache would prune "
-                "the prompt anew for every token; leave use_cache on"
+                "the prompt anew for every token, and a known answer goes on from the prompt's; leave use_cache on"
             )
         self.announced.pictures(call)
         return self._in_two(body, call) if behind else None
@@ -189,8 +207,6 @@ class Driver:
             )
         # What follows the prompt may have padding of its own: answers of a batch that ended early.
         self.tail = None if mask is None else mask[:, layers[0].slots :].bool()
-        self.masks: dict[tuple[int, torch.device], Tensor | None] = {}
-        self.ropes: dict[tuple[int, torch.device], Rope] = {}
 
     def _leave(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ANN401
         """Let the cache know what it holds, and look whether every layer asked."""
@@ -198,13 +214,13 @@ class Driver:
             if output is None:
                 return None  # an exception is on its way
             self._look_at_hooks(self.depth)
-            if self.prefill:
-                if self.cache is not None and held_slots(self.cache):  # gradient checkpointing leaves it empty
-                    keep_prompts(self.cache, self.past, self.whole)
-                self.state = self.cache = None  # nothing here keeps a cache alive
+            # Gradient checkpointing leaves a cache empty.
+            if self.prefill and self.cache is not None and held_slots(self.cache):
+                keep_prompts(self.cache, self.past, self.whole)
             return output if self.first is None else extended_output(self.first, output)
         finally:
             self.first, self.running = None, False
+            self._forget()
             self.announced.encoded.discard(threading.get_ident())
             self.turn.release()
 
@@ -238,10 +254,8 @@ class Driver:
             for part in (self.announced.visual, self.announced.valid)
         )
         positions = call.positions.expand(visual.shape)
-        self.past: list[tuple[Tensor, Tensor | None]] = []
         for record in (self.run.kept, self.run.slots, self.run.cached):
             record.clear()
-        self.mask: Tensor | None = None
         cos, sin = call.rope
         self.state = PrefillState(
             hidden=hidden,

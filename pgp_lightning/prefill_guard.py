@@ -99,14 +99,19 @@ def generation_awaited(model: Any, asked: Callable[[Any, dict[str, Any]], None])
         asked: called first with the generation's configuration and keywords; may refuse them.
     """
     inside: Counter[int] = Counter()
-    changed = threading.Condition()
+    changed, left = threading.Condition(), threading.Event()
     before, own = model.generate, vars(model).get("generate")
 
     @wraps(before)
     def generate(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        asked(kwargs.get("generation_config") or model.generation_config, kwargs)
+        asked(kwargs.get("generation_config", args[1] if len(args) > 1 else None) or model.generation_config, kwargs)
         me = threading.get_ident()
         with changed:
+            if left.is_set():
+                raise ConfigError(
+                    "pruned() was left before this thread began to generate, and the whole model would answer: start "
+                    "the thread inside the `with`, and wait there until its first token has come"
+                )
             inside[me] += 1
         try:
             return before(*args, **kwargs)
@@ -121,7 +126,9 @@ def generation_awaited(model: Any, asked: Callable[[Any, dict[str, Any]], None])
         # Not after an exception: that would keep it back until others are done.
         with changed:
             changed.wait_for(lambda: not any(n for thread, n in inside.items() if thread != threading.get_ident()))
+            left.set()
     finally:
+        left.set()
         if own is None:
             del model.generate
         else:

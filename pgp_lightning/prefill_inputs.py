@@ -52,7 +52,7 @@ class Announced:
                 )
             visual = vlm.visual_slots(ids)
         mask = call.mask
-        valid = torch.ones_like(visual) if mask is None else mask.to(visual.device).bool()
+        valid = torch.ones_like(visual) if mask is None else mask.to(visual.device, torch.bool, copy=True)
         if valid.shape != visual.shape:
             raise ConfigError(
                 f"the prompt has {tuple(visual.shape)} slots and the attention mask is {tuple(valid.shape)}: pass a "
@@ -69,8 +69,11 @@ class Announced:
             )
         self.visual, self.valid, self.counts, self.padded = visual, valid, counts, not bool(valid.all())
         # Copies, since whoever reuses a buffer for the next batch would be compared with himself.
-        self.ids, self.embeddings = (None if part is None else part.detach().clone() for part in (ids, embeddings))
-        self.pixels, self.features = call.pixels, call.visual_tokens
+        self.ids, self.embeddings, self.pixels = (
+            None if part is None else part.detach().clone() for part in (ids, embeddings, call.pixels)
+        )
+        features = call.visual_tokens
+        self.features = None if features is None else [part.detach().clone() for part in features]
         self.encoded: set[int] = set()
 
     def behind(self, call: ModelCall) -> int:
@@ -155,8 +158,7 @@ class Announced:
             raise ConfigError(f"{_ANOTHER}: features of another picture; {_REMEDY}")
 
     def _same_features(self, given: Any, copies: int) -> bool:  # noqa: ANN401
-        if given is self.features:
-            return True
+        assert self.features is not None
         ours, theirs = (torch.cat([part.flatten(0, -2) for part in pooled]) for pooled in (self.features, given))
         if copies * len(ours) != len(theirs) or len(ours) != sum(self.counts):
             return False

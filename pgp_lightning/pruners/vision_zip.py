@@ -17,6 +17,7 @@ unless `renumber`. And an image's budget is exact, split among its tiles, where 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -85,13 +86,13 @@ class VisionZip(Pruner):
         counts = vlm.visual_slots(inputs["input_ids"]).sum(dim=1).tolist()
         attention = vlm.vision_attention(self.layer)
         self.keep = None
-        seen: list[Tensor] = []
+        seen = threading.local()  # several threads may encode the picture at once
 
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen[:] = [Call(module, args, kwargs).hidden]
+            seen.hidden = Call(module, args, kwargs).hidden
 
         def before(projector: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            self._choose(attention, seen.pop(), args[0].shape[1], counts)
+            self._choose(attention, vars(seen).pop("hidden"), args[0].shape[1], counts)
             return (self._merge(args[0], "input"), *args[1:])
 
         def after(projector: nn.Module, args: object, output: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ __all__ = [
     "extended_output",
     "held_keys",
     "recompute_layers",
+    "recomputed_with_hooks",
     "without_cache",
 ]
 
@@ -275,6 +277,13 @@ def recompute_layers(decoder: nn.Module) -> None:
     enable({"use_reentrant": False})
 
 
+def recomputed_with_hooks(layer: nn.Module) -> bool:
+    """Return whether a backward pass would run a layer again, and the hooks on it too: transformers 5.20 does so."""
+    called: Any = type(layer).__call__
+    checkpointed = bool(getattr(layer, "gradient_checkpointing", False)) and layer.training and torch.is_grad_enabled()
+    return checkpointed and called is not nn.Module.__call__
+
+
 def without_cache(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return a model's inputs for a pass that starts anew and keeps no cache.
 
@@ -293,14 +302,19 @@ def cache_keyword(model: nn.Module) -> str:
     Raises:
         ConfigError: if it takes none that is known.
     """
-    takes = inspect.signature(model.forward).parameters
-    for name in _NAMES["cache"]:
-        if name in takes:
-            return name
+    kind: Any = type(model)
+    if name := _cache_keyword(kind):
+        return name
     raise ConfigError(
         f"{type(model).__name__} of transformers {transformers.__version__} takes no cache under the names "
         f"{' or '.join(_NAMES['cache'])}"
     )
+
+
+@cache
+def _cache_keyword(kind: Any) -> str | None:  # noqa: ANN401 (a class)
+    takes = inspect.signature(kind.forward).parameters
+    return next((name for name in _NAMES["cache"] if name in takes), None)
 
 
 def cache_of_output(output: Mapping[str, Any]) -> Any:  # noqa: ANN401

@@ -91,10 +91,15 @@ def next_turn(
         answer that ended before others is padding.
 
     Raises:
-        ConfigError: if the output has no cache, a question holds a placeholder of images, or the conversation is longer
-            than the model was made for.
+        ConfigError: if the output has no cache or comes from beam search, a question holds a placeholder of images, or
+            the conversation is longer than the model was made for.
     """
     processor, ids, prompt = vlm.processor, output["sequences"], inputs["attention_mask"].shape[1]
+    if output.get("beam_indices") is not None:
+        raise ConfigError(
+            "beam search leaves a cache of its beams, which are not the sequences that it returns: answer with "
+            "num_beams=1 where a next turn is to follow"
+        )
     if len(questions) != len(ids):
         raise ConfigError(f"{len(ids)} answers take as many questions, got {len(questions)}")
     answers, stop = ids[:, prompt:], processor.stop_id

@@ -279,8 +279,8 @@ class Processor:
         for mark in (PLACEHOLDER, self.template.context):
             if any(mark in text for text in texts):
                 raise ConfigError(
-                    f"a question, an answer or a system text holds {mark}, which stands for an image's visual tokens: leave "
-                    "it out, the image comes into the prompt by itself (`Processor.conversation` takes <image>)"
+                    f"a question, an answer or a system text holds {mark}, which stands for an image's visual tokens: "
+                    "leave it out, the image comes into the prompt by itself (`Processor.conversation` takes <image>)"
                 )
 
     def _single(self, text: str) -> int:

@@ -13,6 +13,7 @@ from pgp_lightning.errors import ConfigError
 from pgp_lightning.prefill import pruned
 from pgp_lightning.pruners.fastv import FastV
 from pgp_lightning.pruners.guided import Guided
+from pgp_lightning.vlm.decoder_call import cache_of_output
 from pgp_lightning.vlm.family import VLM
 from pgp_lightning.vlm.inputs import prompt_inputs
 from pgp_lightning.vlm.loading import load_vlm
@@ -70,7 +71,7 @@ def test_guesses_change_no_token(name: str, family: str, helper: str):
     assert passes.widths[0] > slots and sum(passes.widths) > slots + TOKENS - 1
     assert torch.equal(plain.sequences, guessed.sequences)
     assert all(map(torch.equal, run.kept, kept))
-    for ours, theirs in zip(guessed.past_key_values.layers, plain.past_key_values.layers, strict=True):
+    for ours, theirs in zip(cache_of_output(guessed).layers, cache_of_output(plain).layers, strict=True):
         torch.testing.assert_close(ours.keys, theirs.keys, rtol=0, atol=1e-4)
 
 

@@ -16,6 +16,7 @@ from pgp_lightning.pruners.divprune import DivPrune
 from pgp_lightning.pruners.fastv import FastV
 from pgp_lightning.pruners.guided import Guided
 from pgp_lightning.pruners.vision_zip import VisionZip
+from pgp_lightning.vlm.decoder_call import cache_of_output
 from pgp_lightning.vlm.family import VLM
 from pgp_lightning.vlm.inputs import prompt_inputs
 from pgp_lightning.vlm.request import Request
@@ -157,7 +158,7 @@ def test_generation_equals_the_masked_reference(name: str, family: str, kind: st
     slots = [held.sum(dim=1) for held in masked.decode]
     assert all(map(torch.equal, run.cached, slots)) and len(run.cached) == len(run.kept) == LAYERS
     assert all(torch.equal(run.slots[i], seen[i] + (i < temporary)) for i in range(LAYERS))
-    lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    lengths = [layer.keys.shape[2] for layer in cache_of_output(out).layers]
     assert lengths == [int(count.max()) + STEPS - 1 for count in slots]
     budget = recorder.inner.keep_ratio
     counts = torch.tensor(request.counts)

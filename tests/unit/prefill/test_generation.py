@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from pgp_lightning.prefill import pruned
+from pgp_lightning.vlm.decoder_call import cache_keyword, cache_of_output
 from pgp_lightning.vlm.family import VLM
 from pgp_lightning.vlm.inputs import prompt_inputs
 from pgp_lightning.vlm.loading import as_vlm
@@ -46,7 +47,7 @@ def test_beams_have_the_probabilities_of_the_reference(name: str, family: str):
     with pruned(vlm, pruners(vlm, request)[name], inputs, request) as run:
         out = without_stop(vlm, inputs, **beams)
     assert len(run.slots[0]) == 9 and all(torch.equal(kept[::3], kept[1::3]) for kept in run.kept)
-    assert [len(layer.keys) for layer in out.past_key_values.layers] == [9] * LAYERS
+    assert [len(layer.keys) for layer in cache_of_output(out).layers] == [9] * LAYERS
     masked = reference(vlm, inputs, name, run, copies=3)
     tokens = out.sequences[:, -STEPS:].view(3, 2, STEPS)
     for beam in range(2):
@@ -218,12 +219,12 @@ def test_several_tokens_at_a_time(name: str, family: str):
     new = torch.arange(9).view(3, 3) + 20
     with pruned(vlm, pruners(vlm, request)[name], inputs, request) as run:
         positions = inputs["attention_mask"].cumsum(dim=1) - 1
-        cache = vlm.model(**inputs, position_ids=positions.clamp(min=0)).past_key_values
+        cache = cache_of_output(vlm.model(**inputs, position_ids=positions.clamp(min=0)))
         out = vlm.model(
             input_ids=new,
             attention_mask=torch.cat([inputs["attention_mask"], torch.ones(3, 3, dtype=torch.long)], dim=1),
             position_ids=positions[:, -1:] + torch.arange(1, 4),
-            past_key_values=cache,
+            **{cache_keyword(vlm.model): cache},
         )
     whole = torch.cat([embed(vlm, inputs), vlm.model.get_input_embeddings()(new)], dim=1)
     logits, _ = masked_states(vlm, whole, inputs["attention_mask"].bool(), reference(vlm, inputs, name, run))
@@ -264,7 +265,7 @@ def test_a_decoding_loop_of_ones_own(renumber: bool, depth: int, explicit: bool)
             # Without positions the model takes the length of its first layer's cache for them, which is shorter.
             place = {"position_ids": torch.tensor([[inputs["input_ids"].shape[1] + step]])} if explicit else {}
             token = logits[-1].argmax(dim=-1)[:, None]
-            out = vlm.model(input_ids=token, past_key_values=out.past_key_values, **place)
+            out = vlm.model(input_ids=token, **{cache_keyword(vlm.model): cache_of_output(out)}, **place)
     masked = masked_by(vlm, inputs, run, renumber=depth if renumber else None)
     expected = masked_greedy(vlm, inputs, masked, STEPS)[1]
     torch.testing.assert_close(torch.stack(logits, dim=1), expected, rtol=0, atol=CLOSE)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -14,8 +16,12 @@ from transformers import TextIteratorStreamer
 
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.prefill import KeepAll, Pruner, pruned
+from pgp_lightning.prefill_driver import Driver
+from pgp_lightning.prefill_inputs import Announced
 from pgp_lightning.pruners.fastv import FastV
 from pgp_lightning.pruners.guided import Guided
+from pgp_lightning.pruners.vision_zip import VisionZip
+from pgp_lightning.vlm.decoder_call import cache_keyword, cache_of_output
 from pgp_lightning.vlm.inputs import prompt_inputs
 from pgp_lightning.vlm.loading import as_vlm
 from tests.tiny import row_of
@@ -145,7 +151,7 @@ def test_a_loop_of_ones_own_in_a_thread_ends_its_call_and_is_refused_behind_the_
             said.append(out.logits[:, -1])
             left.wait(60)
             try:
-                vlm.model(input_ids=said[0].argmax(dim=-1)[:, None], past_key_values=out.past_key_values)
+                vlm.model(input_ids=said[0].argmax(dim=-1)[:, None], **{cache_keyword(vlm.model): cache_of_output(out)})
             except ConfigError as error:
                 said.append(str(error))
 
@@ -264,3 +270,84 @@ def test_adapters_with_virtual_tokens_are_refused(kind: Any):
     message = f"the adapter is {name}, whose virtual tokens come before the prompt"
     with pytest.raises(ConfigError, match=message), pruned(wrapped, KeepAll(), inputs, request):
         pass
+
+
+def test_a_call_that_comes_too_late_or_is_broken_off_keeps_nobody_waiting():
+    vlm, inputs, _ = world()
+    driver = Driver(vlm, KeepAll(), Announced(vlm, inputs, None, None))
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = vlm.decoder_layers[1].register_forward_pre_hook(interrupt)
+    with driver.attached(), pytest.raises(KeyboardInterrupt):
+        vlm.model(**inputs)
+    handle.remove()
+    said: list[str] = []
+
+    def come_late() -> None:
+        try:
+            driver._enter(vlm.body, (), dict(inputs))
+        except ConfigError as error:
+            said.append(str(error))
+
+    threads = [threading.Thread(target=come_late, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(said) == 2 and all("pruned() was left while a thread was calling the model" in text for text in said)
+
+
+def test_a_thread_that_begins_to_generate_after_the_end_is_refused():
+    vlm, inputs, request = world()
+    with pruned(vlm, Guided(Given(), 0, 0.3), inputs, request):
+        without_stop(vlm, inputs)
+        # As Thread(target=model.generate) holds it.
+        generate = vlm.model.generate
+    with pytest.raises(ConfigError, match="left before this thread began to generate, and the whole model would answe"):
+        generate(**inputs, max_new_tokens=2)
+    assert len(vlm.model.generate(**inputs, max_new_tokens=2)) == 1
+
+
+def test_a_configuration_given_by_place_is_looked_at_as_well():
+    vlm, inputs, request = world()
+    config = copy.deepcopy(vlm.model.generation_config)
+    config.assistant_early_exit = 2
+    with (
+        pruned(vlm, Guided(Given(), 0, 0.3), inputs, request),
+        pytest.raises(ConfigError, match="assistant_early_exit drafts with the first layers"),
+    ):
+        vlm.model.generate(inputs["input_ids"], config)
+
+
+@torch.no_grad()
+def test_no_cache_outlives_its_output():
+    vlm, inputs, request = world()
+    with pruned(vlm, Masks({1: random_masks(request, 0.4)}), inputs, request):
+        cache = weakref.ref(cache_of_output(vlm.model(**inputs)))
+        gc.collect()
+        assert cache() is None
+
+
+@torch.no_grad()
+def test_threads_may_encode_at_once_what_the_tower_is_asked_for():
+    vlm, inputs, request = world()
+    pruner = VisionZip(0.4)
+    both = threading.Barrier(2)
+    found: list[Any] = []
+
+    def serve() -> None:
+        found.append(without_stop(vlm, inputs).sequences)  # `generate` encodes before it calls the model
+
+    handle = vlm.projector.register_forward_pre_hook(lambda *_: (both.wait(60), None)[1])
+    with pruned(vlm, pruner, inputs, request):
+        threads = [threading.Thread(target=serve) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    handle.remove()
+    with pruned(vlm, VisionZip(0.4), inputs, request):
+        expected = without_stop(vlm, inputs).sequences
+    assert len(found) == 2 and all(torch.equal(sequences, expected) for sequences in found)

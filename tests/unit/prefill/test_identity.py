@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from pgp_lightning.attention import watch_attention
 from pgp_lightning.prefill import KeepAll, Pruner, pruned
 from pgp_lightning.pruners.guided import Guided
+from pgp_lightning.vlm.decoder_call import cache_of_output
 from pgp_lightning.vlm.family import VLM
 from pgp_lightning.vlm.inputs import prompt_inputs
 from tests.pairwise import pairwise
@@ -42,7 +43,7 @@ NOTHING = {
 def same(ours: Any, theirs: Any) -> bool:
     """Say whether two outputs of `generate` are equal to the bit: tokens, logits and caches."""
     pairs = [(ours.sequences, theirs.sequences), *zip(ours.logits, theirs.logits, strict=True)]
-    for a, b in zip(ours.past_key_values.layers, theirs.past_key_values.layers, strict=True):
+    for a, b in zip(cache_of_output(ours).layers, cache_of_output(theirs).layers, strict=True):
         pairs += [(a.keys, b.keys), (a.values, b.values)]
     return all(torch.equal(a, b) for a, b in pairs)
 

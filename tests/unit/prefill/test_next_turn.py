@@ -171,6 +171,11 @@ def test_what_goes_on_wrongly_is_refused_by_name(name: str):
     for questions, message in (([], "1 answers take as many questions, got 0"), (["<image> why"], placeholder)):
         with pytest.raises(ConfigError, match=message):
             next_turn(vlm, inputs, first, questions)
+        beams = vlm.model.generate(
+            **inputs, max_new_tokens=2, num_beams=3, num_return_sequences=3, return_dict_in_generate=True
+        )
+    with pytest.raises(ConfigError, match=r"beam search leaves a cache of its beams.*num_beams=1"):
+        next_turn(vlm, inputs, beams, ["how many"] * 3)
     with pytest.raises(ConfigError, match=r"the conversation takes .* slots and the model was made for 64"):
         next_turn(vlm, inputs, first, ["how many " * 30])
 

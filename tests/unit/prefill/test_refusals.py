@@ -17,6 +17,7 @@ from pgp_lightning.guides.base import Guide
 from pgp_lightning.prefill import KeepAll, Pruner, pruned
 from pgp_lightning.prefill_state import PrefillState
 from pgp_lightning.pruners.guided import Guided
+from pgp_lightning.vlm.decoder_call import cache_keyword, cache_of_output
 from pgp_lightning.vlm.family import VLM
 from pgp_lightning.vlm.inputs import prompt_inputs
 from pgp_lightning.vlm.request import Request
@@ -189,7 +190,7 @@ def test_caches_with_layers_of_another_kind():
     cache.layers = [DynamicSlidingWindowLayer(sliding_window=8) for _ in range(5)]
     message = "got DynamicCache of DynamicSlidingWindowLayer"
     with pruned(vlm, halves(), inputs, request), pytest.raises(ConfigError, match=message):
-        vlm.model(**inputs, past_key_values=cache)
+        vlm.model(**inputs, **{cache_keyword(vlm.model): cache})
 
 
 def test_other_inputs_than_were_announced():
@@ -204,14 +205,14 @@ def test_other_inputs_than_were_announced():
 @torch.no_grad()
 def test_going_on_from_another_runs_cache():
     step = {"input_ids": torch.full((3, 1), 7), "attention_mask": torch.ones(3, 32, dtype=torch.long)}
-    full = world().vlm.model(**world().inputs, use_cache=True).past_key_values
+    full = cache_of_output(world().vlm.model(**world().inputs, use_cache=True))
     with pruned(world().vlm, halves(), world().inputs, world().request):
         with pytest.raises(ConfigError, match="the cache holds a prompt already: open pruned"):
-            world().vlm.model(**step, past_key_values=full)
+            world().vlm.model(**step, **{cache_keyword(world().vlm.model): full})
         # Its own prefill's cache goes on, but not with other rows.
-        own = world().vlm.model(**world().inputs, past_key_values=DynamicCache()).past_key_values
+        own = cache_of_output(world().vlm.model(**world().inputs, **{cache_keyword(world().vlm.model): DynamicCache()}))
         with pytest.raises(ConfigError, match="the prefill had 3 rows, this step has 2"):
-            world().vlm.model(input_ids=step["input_ids"][:2], past_key_values=own)
+            world().vlm.model(input_ids=step["input_ids"][:2], **{cache_keyword(world().vlm.model): own})
 
 
 class CutsLate(Pruner):

@@ -15,6 +15,7 @@ from torch import Tensor
 from pgp_lightning.guides.base import Guide
 from pgp_lightning.prefill import pruned
 from pgp_lightning.pruners.guided import Guided
+from pgp_lightning.vlm.decoder_call import cache_of_output
 from pgp_lightning.vlm.family import VLM
 from pgp_lightning.vlm.inputs import prompt_inputs, tiles_of_rows
 from pgp_lightning.vlm.request import Request
@@ -99,7 +100,7 @@ def test_the_same_logits_for_fewer_tiles(name: str, attention: str):
     assert torch.equal(features[needed], all_features[needed]) and not features[~needed].any()
     assert torch.equal(ours.sequences, theirs.sequences)
     assert all(map(torch.equal, ours.logits, theirs.logits))
-    for a, b in zip(ours.past_key_values.layers, theirs.past_key_values.layers, strict=True):
+    for a, b in zip(cache_of_output(ours).layers, cache_of_output(theirs).layers, strict=True):
         width = int(run.slots[0].max())
         held = torch.arange(a.keys.shape[2]) >= (width - run.slots[0])[:, None]  # padding holds whatever was dropped
         for ours_held, theirs_held in ((a.keys, b.keys), (a.values, b.values)):
