@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from pgp_lightning.errors import ConfigError
@@ -59,8 +60,8 @@ class WeightAverage(_AfterStep):
         torch._foreach_lerp_(list(self._average.values()), [weights[name].detach() for name in self._average], share)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the average in the weights' place."""
-        if self._average and not self._swapped:
+        """Put the average in the weights' place; after a fit, the trainer may validate the weights of another run."""
+        if trainer.state.fn == TrainerFn.FITTING and not self._swapped:
             self._swap(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,7 +93,10 @@ class WeightAverage(_AfterStep):
     @torch.no_grad()
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take average and weights of a checkpoint apart, to train on; the module has the average by now."""
-        if CURRENT not in checkpoint or not trainer.training:
+        if not trainer.training:
+            self._average = {}  # it is of weights that are no longer the module's
+            return
+        if CURRENT not in checkpoint:
             return
         trained = _trained(pl_module)
         self._average = {name: checkpoint["state_dict"][name] for name in trained}

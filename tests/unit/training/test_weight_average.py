@@ -24,10 +24,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Watch(pl.Callback):
-    """Notes the trained weights after every micro-batch and in every validation; breaks one off if asked to."""
+    """Notes the trained weights after every micro-batch and in every validation; saves or breaks one off if asked."""
 
-    def __init__(self, breaks: bool = False) -> None:
-        self.breaks = breaks
+    def __init__(self, breaks: bool = False, saves: Path | None = None) -> None:
+        self.breaks, self.saves = breaks, saves
         self.trained: list[dict[str, Tensor]] = []
         self.validated: list[dict[str, Tensor]] = []
 
@@ -36,6 +36,8 @@ class Watch(pl.Callback):
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         self.validated.append(weights(pl_module))
+        if self.saves is not None:
+            trainer.save_checkpoint(self.saves, weights_only=False)
         if self.breaks:
             raise RuntimeError("power cut")
 
@@ -48,7 +50,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def fit(base: str, folder: Path, resumed: Path | None = None, **watch: bool) -> tuple[PGP, Watch]:
+def fit(base: str, folder: Path, resumed: Path | None = None, **watch: Any) -> tuple[PGP, Watch]:
     """Train, two micro-batches a step, with a validation after steps 3 and 6, from the same beginning."""
     torch.manual_seed(2)
     module = PGP(PosteriorGuide(base, lora_rank=2), learning_rate=0.01)
@@ -109,6 +111,29 @@ def test_a_validation_that_breaks_off_leaves_the_weights_in_their_place(
     with pytest.raises(RuntimeError, match="power cut"):
         fit(tiny_base, tmp_path, breaks=True)
     assert same(weights(modules[0]), seen[0].trained[-1]) and not same(seen[0].validated[0], seen[0].trained[-1])
+
+
+def test_a_checkpoint_saved_during_a_validation_has_average_and_weights_where_they_belong(
+    tiny_base: str, tmp_path: Path
+):
+    _, seen = fit(tiny_base, tmp_path, saves=tmp_path / "within.ckpt")
+    checkpoint = torch.load(tmp_path / "within.ckpt", weights_only=True)
+    assert same(checkpoint["state_dict"], seen.validated[-1]) and same(checkpoint[CURRENT], seen.trained[-1])
+    assert not same(seen.validated[-1], seen.trained[-1])
+
+
+def test_a_trainer_that_has_fitted_validates_and_saves_the_weights_of_another_checkpoint(
+    tiny_base: str, tmp_path: Path
+):
+    module, seen = fit(tiny_base, tmp_path)
+    other, batches = tmp_path / "step=2.ckpt", DataLoader([four()], batch_size=None)  # type: ignore[arg-type]
+    average = torch.load(other, weights_only=True)["state_dict"]
+    module.trainer.validate(module, batches, verbose=False)  # the module as it is
+    module.trainer.validate(module, batches, ckpt_path=other, verbose=False, weights_only=True)
+    assert same(seen.validated[2], seen.trained[-1])
+    assert same(seen.validated[3], average) and same(weights(module), average)
+    module.trainer.save_checkpoint(tmp_path / "again.ckpt")
+    assert same(torch.load(tmp_path / "again.ckpt", weights_only=True)["state_dict"], average)
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, float("nan")])
