@@ -225,7 +225,8 @@ class TrainingBatches(BatchRange):
                 self._item(records, orders[source], candidates, index, rejected)
                 for index, (source, candidates) in enumerate(next(lanes[lane]), start=batch * mixture.batch_size)
             ]
-            yield collate(items, epoch, rejected, self.join)
+            # A batch that comes again brings no other records: its rejects were counted the first time.
+            yield collate(items, epoch, rejected if batch == shown else None, self.join)
 
     def _item(
         self, records: _Records, order: SourceOrder, candidates: Iterator[int], index: int, rejected: Counter[str]

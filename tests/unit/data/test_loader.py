@@ -104,6 +104,17 @@ def test_the_first_batches_come_over_and_over(
         TrainingLoader(mixture, READER, 40).load_state_dict(state)
 
 
+def test_an_unusable_record_that_comes_over_and_over_counts_once(tmp_path: Path) -> None:
+    write_source(tmp_path / "flawed", PictureBuilder("flawed", 100, broken=(0,)), 50, progress=False)
+    mixture = mixture_of((stream_source(tmp_path / "flawed", allowed_rejects=0.01),))  # a manifest's default
+    expected = stream(mixture, 1, 0, stop=120, repeat=2)
+    assert sum(len(batch[0]) for batch in expected.values()) == 240
+    assert all("flawed-0000" not in batch[0] for batch in expected.values())
+    assert {number: batch[3] for number, batch in expected.items() if batch[3]} == {0: {"flawed/bad-image": 1}}
+    assert stream(mixture, 2, 0, stop=120, repeat=2) == expected
+    assert stream(mixture, 1, 0, 60, 120, repeat=2) == {n: expected[n] for n in range(60, 120)}  # a resumed run
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
