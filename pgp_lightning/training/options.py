@@ -96,6 +96,11 @@ def refusals(trainer: Trainer, data: object) -> Iterator[str]:
         for kind, reason in CALLBACKS.items():
             if isinstance(callback, kind):
                 yield f"the callback {type(callback).__name__} {reason}"
+        if isinstance(callback, ModelCheckpoint) and callback.save_weights_only:
+            yield (
+                f"save_weights_only of {type(callback).__name__} leaves out the run's record, what WeightAverage does "
+                "and what a run is resumed from: leave it out, checkpoints are without frozen weights anyway"
+            )
         if isinstance(callback, WeightAverage) and isinstance(trainer.strategy, SHARDING):
             strategy = type(trainer.strategy).__name__
             yield f"WeightAverage needs whole weights, and {strategy} deals them to the processes: use ddp"

@@ -99,6 +99,7 @@ def test_an_option_that_would_be_void_or_wrong(data: InstructionData, options: d
         (SpikeDetection(), "gradient_clip_val"),
         (ModelCheckpoint(), "take StepCheckpoint"),
         (StepCheckpoint(every_n_train_steps=3, save_on_exception=True), "save_on_exception of StepCheckpoint"),
+        (StepCheckpoint(every_n_train_steps=3, save_weights_only=True), "leaves out the run's record"),
         (OnExceptionCheckpoint("."), "let StepCheckpoint save more often"),
     ],
 )
