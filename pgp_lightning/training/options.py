@@ -112,6 +112,7 @@ def refusals(trainer: Trainer, data: object) -> Iterator[str]:
         yield from _stream(trainer)
         if trainer.accumulate_grad_batches > 1:
             yield from _inside_steps(callbacks)
+            yield from _validations(trainer, callbacks)
 
 
 def _precision(trainer: Trainer) -> Iterator[str]:
@@ -177,3 +178,25 @@ def _inside_steps(callbacks: list[Callback]) -> Iterator[str]:
             yield f"the callback {name} saves inside optimiser steps: take StepCheckpoint, which has the same options"
         elif isinstance(callback, OnExceptionCheckpoint):
             yield f"the callback {name} may save inside an optimiser step: let StepCheckpoint save more often"
+
+
+def _validations(trainer: Trainer, callbacks: list[Callback]) -> Iterator[str]:
+    """Yield the callbacks that save at validations, should these lie between the micro-batches of a step."""
+    accumulated, batches = trainer.accumulate_grad_batches, trainer.max_steps * trainer.accumulate_grad_batches
+    interval = getattr(trainer, "val_check_interval", None)  # when one in time is over is not known yet
+    if interval is None or not trainer.limit_val_batches:
+        return
+    every = interval if isinstance(interval, int) else max(1, int(batches * interval))
+    if every > batches or every % accumulated == 0:
+        return
+    for callback in callbacks:
+        if (
+            isinstance(callback, StepCheckpoint)
+            and callback.every_n_epochs == 1
+            and not callback._save_on_train_epoch_end
+        ):
+            yield (
+                f"the callback {type(callback).__name__} without every_n_train_steps saves at validations, some of "
+                f"which trainer.val_check_interval {interval} puts between the {accumulated} micro-batches of an "
+                f"optimiser step, where nothing can be saved: set it to a multiple of {accumulated}"
+            )

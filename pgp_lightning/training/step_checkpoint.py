@@ -28,8 +28,9 @@ class StepCheckpoint(ModelCheckpoint):
 
     Lightning's own saves anew after the first micro-batch of a resumed run, since the number of optimiser steps is
     then still one at which to save. With gradient accumulation that checkpoint lies inside a step: the gradients of
-    its first micro-batches are in no checkpoint, and the next resume would go on without them. The same holds of a
-    validation between the micro-batches of a step: what would be saved then is saved at the next time.
+    its first micro-batches are in no checkpoint, and the next resume would go on without them. For the same reason a
+    validation between the micro-batches of a step saves nothing; an interval of micro-batches that leads there is
+    refused where saving goes by validations, see `options.py`, but when one in time is over is not known beforehand.
 
     A strategy that shards the model writes a folder, file by file. It gets `consolidated.ckpt` as its last one: the
     weights that are saved, whole and in float32, with the run's record, as plain tensors and values. A folder without

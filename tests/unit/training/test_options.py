@@ -33,6 +33,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from pgp_lightning.data.module import InstructionData
 from pgp_lightning.errors import ConfigError
+from pgp_lightning.training.global_batch import GlobalBatch
 from pgp_lightning.training.options import PRECISIONS, check_fit, check_precision, refusals
 from pgp_lightning.training.preemption import Preemption
 from pgp_lightning.training.step_checkpoint import StepCheckpoint
@@ -108,6 +109,27 @@ def test_a_callback_that_would_do_something_else(data: InstructionData, callback
     assert type(callback).__name__ in found and words in found, found
 
 
+@pytest.mark.parametrize("saving", [{}, {"monitor": "val/loss"}, {"every_n_epochs": 1}])
+@pytest.mark.parametrize(
+    "options", [{"val_check_interval": 5}, {"check_val_every_n_epoch": 1, "val_check_interval": 0.2}]
+)
+def test_validations_at_which_nothing_could_be_saved(
+    data: InstructionData, saving: dict[str, Any], options: dict[str, Any]
+):
+    (found,) = refusals(trainer(callbacks=[StepCheckpoint(**saving)], **options), data)
+    assert found.startswith("the callback StepCheckpoint without every_n_train_steps saves at validations")
+    assert f"val_check_interval {options['val_check_interval']} " in found and "a multiple of 2" in found
+
+
+def test_validations_are_held_against_the_accumulation_that_records_of_a_step_give(data: InstructionData):
+    callbacks = [GlobalBatch(3 * data.batch_size), StepCheckpoint()]
+    given = trainer(accumulate_grad_batches=1, callbacks=callbacks)
+    assert not list(refusals(given, data))
+    callbacks[0].settle(given, data)
+    (found,) = refusals(given, data)
+    assert "val_check_interval 4 puts between the 3 micro-batches" in found
+
+
 def test_all_of_them_are_named(data: InstructionData):
     with pytest.raises(ConfigError, match=r"the callback BatchSizeFinder .*; trainer\.limit_train_batches 3"):
         check_fit(trainer(limit_train_batches=3, callbacks=[StepCheckpoint(), BatchSizeFinder()]), data)
@@ -152,6 +174,11 @@ def test_precisions_that_leave_trained_weights_alone(data: InstructionData, prec
         {"val_check_interval": "00:01:00:00"},
         {"strategy": "ddp"},
         {"callbacks": [StepCheckpoint(), EarlyStopping("val/loss"), Timer("00:01:00:00")]},
+        {"val_check_interval": 5, "callbacks": [StepCheckpoint(every_n_train_steps=2, monitor="val/loss")]},
+        {"val_check_interval": 5, "callbacks": [StepCheckpoint(save_on_train_epoch_end=True)]},
+        {"val_check_interval": 5, "limit_val_batches": 0},
+        {"val_check_interval": 5, "accumulate_grad_batches": 1},
+        {"check_val_every_n_epoch": 1, "val_check_interval": 0.25},  # after every fourth of 16
         {"callbacks": [ModelCheckpoint(), OnExceptionCheckpoint(".")], "accumulate_grad_batches": 1},
     ],
 )
