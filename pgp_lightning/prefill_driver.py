@@ -138,7 +138,7 @@ class Driver:
         if any(recomputed_with_hooks(layer) for layer in self.vlm.decoder_layers):
             raise ConfigError(
                 "this release of transformers runs hooks again when gradient checkpointing recomputes a layer, which "
-                "would prune what is pruned already: switch it off, or take transformers 5.24"
+                "would prune what is pruned already: switch it off, or take transformers 5.23 or later"
             )
         call = ModelCall(body, args, kwargs)
         self.first: Any = None

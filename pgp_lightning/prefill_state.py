@@ -81,7 +81,8 @@ class PrefillState:
         place, behind = self._handed()
         if full_depth:
             rows, gone = (self.valid & ~mask & (place >= 0)).nonzero(as_tuple=True)
-            behind = behind.index_put((rows, place[rows, gone]), torch.zeros_like(behind[0, 0]))
+            if len(rows):  # none of those that went was handed: the same object says that nothing is to be cut
+                behind = behind.index_put((rows, place[rows, gone]), torch.zeros_like(behind[0, 0]))
         slots, valid = pack(mask)
         return replace(
             self,

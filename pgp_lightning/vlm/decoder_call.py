@@ -278,7 +278,7 @@ def recompute_layers(decoder: nn.Module) -> None:
 
 
 def recomputed_with_hooks(layer: nn.Module) -> bool:
-    """Return whether a backward pass would run a layer again, and the hooks on it too: transformers 5.20 does so."""
+    """Return whether a backward pass would run a layer again, and the hooks on it too, as before transformers 5.23."""
     called: Any = type(layer).__call__
     checkpointed = bool(getattr(layer, "gradient_checkpointing", False)) and layer.training and torch.is_grad_enabled()
     return checkpointed and called is not nn.Module.__call__

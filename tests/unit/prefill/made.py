@@ -10,6 +10,8 @@ from functools import cache
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 from pgp_lightning.attention import coming_rows, watch_attention
@@ -33,6 +35,8 @@ STEPS = 4
 CLOSE = 2e-5
 SQUARE = TileGrid(1, 1, 4, False)
 FAMILIES = ("internvl", "llava")
+# These releases run hooks again in the backward pass: pruning under gradient checkpointing is refused.
+RECOMPUTED_WITH_HOOKS = Version(transformers.__version__) < Version("5.23")
 
 
 def build(family: str, attention: str = "sdpa", layers: int = LAYERS) -> VLM:

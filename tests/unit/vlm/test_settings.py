@@ -189,7 +189,9 @@ def test_prompts_beyond_the_models_length_are_refused_by_whoever_builds_them(tin
 @pytest.mark.parametrize("text", ["<image>\nwhat is it", "what is <IMG_CONTEXT>"])
 def test_placeholders_in_questions_and_answers_are_refused_with_the_right_advice(text: str, tiny_base: str):
     vlm = load_vlm(tiny_base)
-    message = "a question or an answer holds <.*>, which stands for an image's visual tokens: leave it out"
+    message = (
+        "a question, an answer or a system text holds <.*>, which stands for an image's visual tokens: leave it out"
+    )
     request: Request = tiny_request((text,), (GRIDS[0],))
     with pytest.raises(ConfigError, match=message):
         prompt_inputs(vlm, request)
