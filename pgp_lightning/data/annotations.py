@@ -7,8 +7,10 @@ its length or by the parser.
 
 Damage to the file is not one bad record: it may hide any number of them. So a file is refused as a whole, with the byte
 and the line, if a list is no JSON between its records (after a quote that is not escaped, texts and what lies between
-them change places), if a line holds two records or the last one ends in the middle, if a part of it was never written,
-and if it is compressed, UTF-16, or another kind of file.
+them change places), if a line holds a second record behind a whole one, if the last line ends in the middle of one, if
+a part of it was never written (zeros, wherever they stand), and if it is compressed, UTF-16, or another kind of file.
+What cannot be told from one bad record counts as one: a line that is cut off within a text and goes on with the next
+record is one `bad-json`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pgp_lightning.data.json_list import ListScan, damaged
+from pgp_lightning.data.json_list import HOLE, ListScan, damaged
 from pgp_lightning.data.records import UnusableRecord
 from pgp_lightning.errors import DataError
 
@@ -85,7 +87,7 @@ class Annotations:
             opened.seek(0)
             digest.update(opened.read(start))
             blocks = _blocks(opened, digest)
-            spans, lines = _elements(ListScan(file, start), blocks) if is_list else _line_spans(blocks, start)
+            spans, lines = _elements(ListScan(file, start), blocks) if is_list else _line_spans(file, blocks, start)
             if is_list and len(spans) == 1 and not _read(opened, *spans[0].tolist()).strip():
                 spans, lines = spans[:0], lines[:0]
         found = cls(file, spans, lines, digest.hexdigest())
@@ -101,13 +103,11 @@ class Annotations:
 
         Raises:
             UnusableRecord: if it is too large, not UTF-8, or no JSON object.
-            DataError: if what stands in its place is several records, or was never written.
+            DataError: if what stands in its place is several records.
         """
         start, stop = self.spans[number].tolist()
         with self.file.open("rb") as opened:
             data = _read(opened, start, stop)
-        if (hole := data.find(b"\0")) >= 0:
-            raise self._damage(start + hole, number, "zeros: this part of the file was never written")
         if stop - start > MAX_RECORD_BYTES:
             self._check_single(number, data.decode("utf-8", "replace"))
             raise UnusableRecord("record-too-large", f"{stop - start} bytes, the limit is {MAX_RECORD_BYTES}")
@@ -183,7 +183,7 @@ def _elements(scan: ListScan, blocks: Iterator[bytes]) -> tuple[np.ndarray, np.n
     return scan.elements()
 
 
-def _line_spans(blocks: Iterator[bytes], start: int) -> tuple[np.ndarray, np.ndarray]:
+def _line_spans(file: Path, blocks: Iterator[bytes], start: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the spans of all lines that are not blank, int64 (n, 2), and their numbers, int64 (n,)."""
     spans: list[np.ndarray] = []
     numbers: list[np.ndarray] = []
@@ -194,6 +194,8 @@ def _line_spans(blocks: Iterator[bytes], start: int) -> tuple[np.ndarray, np.nda
         returns = octets == ord("\r")
         returns[:-1] &= ~ends[1:]
         stops = np.flatnonzero(ends | returns)
+        if (hole := block.find(b"\0")) >= 0:
+            raise damaged(file, offset + hole, line + int(np.searchsorted(stops, hole)), HOLE)
         filled = np.concatenate([[0], np.cumsum(octets > ord(" "), dtype=np.int32)])
         counts = filled[np.append(stops, len(octets))] - filled[np.concatenate([[0], stops + 1])]
         counts[0] += begun

@@ -10,7 +10,9 @@ import numpy as np
 
 from pgp_lightning.errors import DataError
 
-__all__ = ["ListScan", "damaged"]
+__all__ = ["HOLE", "ListScan", "damaged"]
+
+HOLE = "zeros: this part of the file was never written"
 
 _DEEPEST = 1 << 20  # brackets in brackets; the parser gives up long before
 # What ends a stretch between texts, in an element and between elements. In JSON these are brackets, quotes and commas:
@@ -95,8 +97,8 @@ class ListScan:
 
     def _step(self, mark: bytes, place: int) -> str:
         """Take one mark, and return what is wrong with it."""
-        if mark == b"\0" and self._quoted:
-            return "zeros: this part of the file was never written"
+        if mark == b"\0":
+            return HOLE
         if self._quoted:  # the quote that closes a text
             self._quoted = False
             return ""

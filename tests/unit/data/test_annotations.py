@@ -80,6 +80,7 @@ DAMAGED_LISTS: dict[str, tuple[str, int, str]] = {
     "a bracket of the wrong kind": (LISTED.replace("}]}", "]}}", 1), 1, "a bracket is closed that was not opened"),
     "a missing comma": (LISTED.replace("},\n", "}\n", 1), 2, "a comma is missing between two records"),
     "a hole": (listed({7: "\0\0\0"}), 8, "zeros: this part of the file was never written"),
+    "a hole between records": (LISTED.replace("},\n", "},\n\0\0\0", 1), 2, "zeros: this part of the file"),
     "a comment": (LISTED.replace("},\n", "}, // one\n", 1), 1, "'/' outside of any text"),
     "names of Python": (LISTED.replace('"What?"', "None", 1), 1, "'o' outside of any text"),
     "not closed": (LISTED[:-1], 40, "the list is not closed, 40 records"),
@@ -198,7 +199,6 @@ def test_lines_cut_off_in_the_last_record(tmp_path: Path) -> None:
         (b'{"a": 2}\xef\xbb\xbf {"a": 3}', "two records in one line"),
         (b'{"a": 2}, {"a": 3},', "two records in one line"),
         (b'{"a": 2} {"a": ' + b"9" * (5 << 20) + b"}", "two records in one line"),
-        (b'{"a": "' + bytes(9) + b'"}', "zeros"),
     ],
 )
 def test_a_line_of_several_records_is_damage(tmp_path: Path, second: bytes, message: str) -> None:
@@ -210,6 +210,26 @@ def test_a_line_of_several_records_is_damage(tmp_path: Path, second: bytes, mess
     assert type(caught.value) is DataError
     with pytest.raises(UnusableRecord, match="bad-json"):
         found.read(2)
+
+
+@pytest.mark.parametrize(
+    ("data", "byte", "line"),
+    [
+        (LINES + bytes(5000), 18, 3),
+        (LINES + b"\n" + bytes(5000) + b"\r\n" + LINES, 19, 4),
+        (b'{"a": 1}\r\n \0 \r{"a": 2}', 11, 2),
+        (b'{"a": 1}\n{"a": "' + bytes(9) + b'"}\n', 16, 2),
+        (b'{"a": "' + b"x" * MAX_RECORD_BYTES + b"\n" + bytes(9), MAX_RECORD_BYTES + 8, 2),
+    ],
+)
+@pytest.mark.parametrize("block", [1 << 20, 5])
+def test_a_hole_in_lines_is_refused_wherever_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes, byte: int, line: int, block: int
+) -> None:
+    monkeypatch.setattr(annotations, "_BLOCK", max(block, len(data) >> 6))
+    (tmp_path / "a.jsonl").write_bytes(data)
+    with pytest.raises(DataError, match=rf"damaged at byte {byte}, line {line}: zeros: this part of the file was never"):
+        Annotations.scan(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize(("name", "megabytes"), [("a.jsonl", 100), ("a.json", 60)])
