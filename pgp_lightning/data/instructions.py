@@ -10,7 +10,7 @@ or has another of the layouts of `layouts.py`.
 Records are kept whole or left out, under these reasons:
 
 - `bad-encoding`, `bad-json`, `record-too-large`: the line is not UTF-8, no JSON object, or longer than 4 MiB;
-- `unknown-layout`: it is laid out in none of the ways that are read;
+- `unknown-layout`: it is laid out in none of the ways that are read, or in two of them at once;
 - `no-conversation`: there are no turns;
 - `bad-turns`: they do not alternate human, gpt, ..., gpt, or are no turns;
 - `empty-question`, `empty-answer`: a turn lacks its text;
@@ -41,7 +41,7 @@ __all__ = ["InstructionRecords"]
 
 BoxFormat = Literal["pixels", "thousandths", "fractions"]
 
-_FORMAT = 2  # part of the identity: raise it when the same annotations make other records
+_FORMAT = 3  # part of the identity: raise it when the same annotations make other records
 _PLACEHOLDERS = (PLACEHOLDER, "<IMG_CONTEXT>", "<img>", "</img>")
 _BOX_KEYS = ("boxes", "bboxes", "bboxs", "bbox")
 

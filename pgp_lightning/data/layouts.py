@@ -4,11 +4,15 @@ Turns stand under `conversations` or `messages`, each with `from` or `role` and 
 list of parts, texts and images. Or a record is one turn: `question` and `answer`, or `query` and `response` (after the
 pairs of `history`). A system text is the first turn, or stands under `system`. Images are named under `image` or
 `images`, by parts of a content, or inside a text as `<img>PATH</img>`, as Qwen-VL has it.
+
+Tables written as JSON have every key in every record, so a null is no value: its key counts as absent. For the same
+reason an empty system text is none.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
@@ -56,25 +60,29 @@ def read_layout(source: dict[str, Any]) -> Laid:
     Raises:
         UnusableRecord: if it has not exactly one image, no turns, or is laid out in another way.
     """
-    named, more = (_paths(key, source.get(key)) for key in ("image", "images"))
-    named = named if named == more else named + more
-    system, entries = _entries(source, named)
-    image = _image(source, named, entries)
+    shown: list[str] = []
+    system, entries = _entries(source, shown)
+    # Each of the three may name all of the images, one of them twice where a record has it twice.
+    named = Counter(shown)
+    for key in ("image", "images"):
+        named |= Counter(_paths(key, source.get(key)))
+    image = _image(source, list(named.elements()), entries)
     if not entries:
         raise UnusableRecord("no-conversation", f"expected turns, got {_first_of(source)!r:.80}")
     if entries[0].role == "system":
-        if system is not None and system != entries[0].text:
+        turn, entries = entries[0].text, entries[1:]
+        if not isinstance(turn, str):
+            raise UnusableRecord("bad-turns", f"the system prompt is no text, but {turn!r:.80}")
+        if system and turn and system != turn:
             raise UnusableRecord("bad-turns", "there are two system texts, a turn and `system`")
-        system, entries = entries[0].text, entries[1:]
-        if not isinstance(system, str):
-            raise UnusableRecord("bad-turns", f"the system prompt is no text, but {system!r:.80}")
+        system = system or turn
     said = [entry.role for entry in entries]
     if not entries or said != ["question", "answer"] * (len(said) // 2):
         names = ", ".join(entry.called for entry in entries)
         raise UnusableRecord("bad-turns", f"expected human, gpt, ..., human, gpt, got {names:.80}")
     pairs = zip(entries[::2], entries[1::2], strict=True)
     exchanges = tuple(Exchange(asked.text, said.text, (asked.source, said.source)) for asked, said in pairs)
-    return Laid(image, exchanges, system)
+    return Laid(image, exchanges, system or None)
 
 
 @dataclass
@@ -87,35 +95,44 @@ class _Entry:
     source: dict[str, Any]
 
 
-def _entries(source: dict[str, Any], named: list[str]) -> tuple[Any, list[_Entry]]:
-    """Return a record's own system text and its turns; images that they name are added to those named."""
+def _entries(source: dict[str, Any], shown: list[str]) -> tuple[Any, list[_Entry]]:
+    """Return a record's own system text and its turns; images that these show are added to those shown."""
     system = source.get("system")
     if system is not None and not isinstance(system, str):
         raise UnusableRecord("bad-turns", f"the system prompt is no text, but {system!r:.80}")
-    if len(keys := [key for key in _TURNS if source.get(key) is not None]) > 1:
-        raise UnusableRecord("unknown-layout", f"turns stand under both {' and '.join(keys)}")
-    if not keys and not any(key in source for key in _TURNS):
-        return system, _of_pairs(source)
-    turns = source[keys[0]] if keys else []
+    stated = [key for key in _TURNS if source.get(key) is not None]
+    pairs = [pair for pair in _PAIRS if all(source.get(key) is not None for key in pair)]
+    if len(several := [*stated, *map("/".join, pairs)]) > 1:
+        raise UnusableRecord("unknown-layout", f"turns stand under both {' and '.join(several)}")
+    if pairs or (empty := [pair for pair in _PAIRS if not stated and source.keys() >= {*pair}]):
+        return system, _of_pair(source, *(pairs or empty)[0])
+    if not stated and not any(key in source for key in _TURNS):
+        keys = ", ".join(sorted(map(str, source)))
+        known = "conversations, messages, question and answer, or query and response"
+        raise UnusableRecord("unknown-layout", f"expected {known}, got the keys {keys or 'of nothing'}"[:300])
+    turns = source[stated[0]] if stated else []
     if not isinstance(turns, list):
         raise UnusableRecord("no-conversation", f"expected a list of turns, got {turns!r:.80}")
     entries = []
     for turn in turns:
-        called = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
+        called = _stated(turn, "from", "role") if isinstance(turn, dict) else None
         if not isinstance(called, str):
             raise UnusableRecord("bad-turns", f"expected turns with `from` and `value`, got {turn!r:.80}")
-        text = _text_of(turn["value"] if "value" in turn else turn.get("content"), named)
+        text = _text_of(_stated(turn, "value", "content"), shown)
         entries.append(_Entry(_ROLES.get(called), called, text, turn))
     return system, entries
 
 
-def _of_pairs(source: dict[str, Any]) -> list[_Entry]:
-    """Return the turns of a record that is a question and an answer."""
-    asked, said = next(((a, b) for a, b in _PAIRS if {a, b} <= source.keys()), (None, None))
-    if asked is None or said is None:
-        keys = ", ".join(sorted(map(str, source)))
-        known = "conversations, messages, question and answer, or query and response"
-        raise UnusableRecord("unknown-layout", f"expected {known}, got the keys {keys or 'of nothing'}"[:300])
+def _stated(entry: dict[str, Any], *keys: str) -> Any:  # noqa: ANN401 it is what a file says
+    """Return what stands under any of some keys of one meaning, None if there is nothing."""
+    values = [entry[key] for key in keys if entry.get(key) is not None]
+    if any(value != values[0] for value in values):
+        raise UnusableRecord("unknown-layout", f"{' and '.join(keys)} say different things in {entry!r:.80}")
+    return values[0] if values else None
+
+
+def _of_pair(source: dict[str, Any], asked: str, said: str) -> list[_Entry]:
+    """Return the turns of a record that is a question and an answer, under these keys."""
     history = source.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise UnusableRecord("unknown-layout", f"expected a history of [query, response], got {history!r:.80}")
@@ -124,20 +141,22 @@ def _of_pairs(source: dict[str, Any]) -> list[_Entry]:
     return [_Entry(role, key, text, {}) for pair in pairs for (role, key), text in zip(kinds, pair, strict=True)]
 
 
-def _text_of(content: Any, named: list[str]) -> Any:  # noqa: ANN401 what is no text is refused where it is used
-    """Return a content as text with a placeholder for every image; images that its parts name are added."""
+def _text_of(content: Any, shown: list[str]) -> Any:  # noqa: ANN401 what is no text is refused where it is used
+    """Return a content as text with a placeholder for every image; images that its parts show are added."""
     if not isinstance(content, list):
         return content
     texts = []
     for part in content:
         if isinstance(part, str):
             texts.append(part)
-        elif not isinstance(part, dict):
+            continue
+        if not isinstance(part, dict):
             raise UnusableRecord("unknown-layout", f"expected parts of a content, got {part!r:.80}")
-        elif isinstance(part.get("text"), str) and part.get("type", "text") == "text":
+        part = {key: value for key, value in part.items() if value is not None}
+        if isinstance(part.get("text"), str) and part.get("type", "text") == "text":
             texts.append(part["text"])
         elif (kind := part.get("type", next(iter(part), None))) in ("image", "image_url"):
-            named += _paths(kind, next((part[key] for key in (kind, "image", "path", "url") if key in part), None))
+            shown += _paths(kind, _stated(part, kind, "image", "path", "url"))
             texts.append(PLACEHOLDER)
         elif kind == "video":
             raise UnusableRecord("video", f"a content has a video: {part!r:.80}")

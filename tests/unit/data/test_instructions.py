@@ -53,6 +53,14 @@ def test_a_record_of_two_turns(tmp_path: Path) -> None:
         builder[1]
 
 
+def part(kind: str, **more: Any) -> dict[str, Any]:
+    return {"type": kind, **more}
+
+
+def said(question: Any, answer: Any = "A cat.", role: str = "role", content: str = "content") -> list[dict[str, Any]]:
+    return [{role: "user", content: question}, {role: "assistant", content: answer}]
+
+
 @pytest.mark.parametrize(
     ("question", "kept"),
     [
@@ -136,6 +144,14 @@ REFUSED: list[tuple[str, Any]] = [
     ("bad-turns", raw(conversations=[*turns(), {"from": "function_call", "value": "x"}, GPT])),
     ("several-images", raw(image=["one.png", "one.png"])),
     ("several-images", raw(image=["one.png", "one.png"], conversations=turns("1: <image>\n2: <image>\nWhich?"))),
+    ("several-images", {"messages": said([part("image", image="one.png")] * 2), "images": ["one.png"]}),
+    ("several-images", {"messages": said([part("image", image="one.png")]), "images": ["two.png"]}),
+    ("several-images", {"messages": said([part("image", image="one.png")] * 2)}),
+    ("unknown-layout", raw(question="What?", answer="A cat.")),
+    ("unknown-layout", {"image": "one.png", "question": "?", "answer": "A", "query": "?", "response": "A"}),
+    ("unknown-layout", raw(conversations=[{"from": "human", "role": "assistant", "value": "What?"}, GPT])),
+    ("empty-answer", {"image": "one.png", "question": "What?", "answer": None}),
+    ("no-conversation", {"image": "one.png", "messages": None, "question": "What?"}),
     ("video", {"video": "one.mp4", "conversations": turns()}),
     ("missing-image", raw(image="two.png")),
     ("missing-image", raw(image=".")),
@@ -167,14 +183,6 @@ def test_a_good_record_beside_bad_ones_is_kept_and_every_line_counted(tmp_path: 
     assert [line["reason"] for line in report] == [reason for reason, _ in REFUSED]
 
 
-def part(kind: str, **more: Any) -> dict[str, Any]:
-    return {"type": kind, **more}
-
-
-def said(question: Any, answer: Any = "A cat.", role: str = "role", content: str = "content") -> list[dict[str, Any]]:
-    return [{role: "user", content: question}, {role: "assistant", content: answer}]
-
-
 WHAT = [part("text", text="What?")]
 LAYOUTS: dict[str, dict[str, Any]] = {
     "LLaVA": {"image": "one.png", "conversations": turns("<image>\nWhat?", "A cat.")},
@@ -195,7 +203,21 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "Qwen-VL": {"conversations": said("Picture 1: <img>one.png</img>\nWhat?", role="from", content="value")},
     "Visual CoT": {"image": "one.png", "question": "What?", "answer": "A cat."},
     "query": {"images": ["one.png"], "query": "<image>What?", "response": "A cat."},
-}
+    "nulls beside a pair": {"image": "one.png", "conversations": None, "messages": None, "query": None, "history": None,
+                            "question": "What?", "answer": "A cat."},
+    "nulls in a pair": {"image": "one.png", "question": None, "answer": None, "query": "What?", "response": "A cat."},
+    "nulls beside turns": {"image": "one.png", "images": None, "messages": None, "question": None, "answer": None,
+                           "system": None, "conversations": turns("What?", "A cat.")},
+    "nulls in turns": {"image": "one.png", "messages": [
+        {"from": None, "value": None, "role": "user", "content": "What?"},
+        {"from": "gpt", "value": "A cat.", "role": None, "content": None}]},
+    "nulls in parts": {"messages": said([{"type": "image", "text": None, "image": None, "path": "one.png"},
+                                         {"image": None, "type": None, "text": "What?"}])},
+    "a part and a name": {"messages": said([part("image", image="one.png"), *WHAT]), "images": ["one.png"]},
+    "the same under all keys": {"messages": said([part("image", image="one.png"), *WHAT]), "images": ["one.png"],
+                                "image": "one.png"},
+    "an empty system text": {"image": "one.png", "conversations": turns("What?", "A cat."), "system": ""},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -214,12 +236,13 @@ def test_system_texts_and_histories_of_other_layouts(tmp_path: Path) -> None:
         tmp_path,
         {"messages": [system, *said("<image>What?"), *said("Why?", "So.")], **image},
         {"query": "Why?", "response": "So.", "history": [["<image>What?", "A cat."]], "system": "Be brief.", **image},
-        {"conversations": turns("<image>What?", "A cat."), "system": "", **image},
+        {"conversations": [{"from": "system", "value": ""}, *turns("<image>What?", "A cat.")], "system": "", **image},
+        {"messages": [system, *said("<image>What?")], "system": "", **image},
     )
     two = [{"question": "What?", "answer": "A cat."}, {"question": "Why?", "answer": "So."}]
-    found = [builder[number][3] for number in range(3)]
-    assert [record.get("system") for record in found] == ["Be brief.", "Be brief.", ""]
-    assert [record["turns"] for record in found] == [two, two, two[:1]]
+    found = [builder[number][3] for number in range(4)]
+    assert [record.get("system") for record in found] == ["Be brief.", "Be brief.", None, "Be brief."]
+    assert [record["turns"] for record in found] == [two, two, two[:1], two[:1]]
 
 
 def test_boxes_of_turns_in_any_layout(tmp_path: Path) -> None:
