@@ -120,7 +120,7 @@ class _Records:
         Raises:
             UnusableRecord: if it cannot be used; for a damaged shard, if the source says so.
             DataError: if the shard is damaged and the source says no more.
-            ConfigError: if the machine fails to read the shard, again and again.
+            ConfigError: if the machine fails to fetch or read the shard, again and again.
         """
         raw = self._read(source, shard, number)
         try:
@@ -166,11 +166,10 @@ class _Records:
             raise UnusableRecord(DAMAGED, self._damaged[shard.path])
         try:
             yield
-        except (DataError, OSError) as error:
-            message = str(error) if isinstance(error, DataError) else f"{shard.shown} cannot be read: {error}"
+        except DataError as error:
             if source.on_damage == "fail":
-                raise DataError(message) from error
-            self._damaged[shard.path] = message
+                raise
+            self._damaged[shard.path] = message = str(error)
             _log.warning("%s. Its %d records are replaced by others of source %r", message, shard.samples, source.name)
             raise UnusableRecord(DAMAGED, message) from error
 

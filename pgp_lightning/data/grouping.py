@@ -19,7 +19,7 @@ from typing import Any
 from pgp_lightning.data.conversation import ConversationReader, stated_size
 from pgp_lightning.data.mixture import EpochPlan, Lane
 from pgp_lightning.data.records import parse_text
-from pgp_lightning.errors import DataError
+from pgp_lightning.errors import ConfigError, DataError
 
 __all__ = ["Place", "SlotEstimate", "lane_batches"]
 
@@ -51,7 +51,7 @@ class SlotEstimate:
             max_tiles: the source's own limit.
 
         Raises:
-            DataError: if `size` does.
+            ConfigError, DataError: if `size` does.
         """
         try:
             record: Any = parse_text(text)
@@ -60,7 +60,7 @@ class SlotEstimate:
             words = max(len((system + turn["question"] + turn["answer"]).encode()) for turn in turns)
             width, height = stated_size(record) or size()
             visual = self._visual(width, height, max_tiles)
-        except DataError:
+        except (ConfigError, DataError):
             raise
         except (ValueError, TypeError, LookupError):  # a surprise to be counted when it is read
             return 0

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from pgp_lightning.errors import ConfigError
 
-__all__ = ["is_missing", "patiently", "refuse_lack_of_memory"]
+__all__ = ["is_missing", "patiently", "refuse_lack_of_memory", "refuse_lost_folder"]
 
 Result = TypeVar("Result")
 
@@ -52,6 +52,24 @@ def patiently(path: Path, read: Callable[[], Result]) -> Result:
                 ) from error
         time.sleep(pause)
     raise AssertionError("the last try returns or raises")
+
+
+def refuse_lost_folder(path: Path, *folders: Path) -> None:
+    """Look at where a file is missing.
+
+    Args:
+        path: the file, for the message.
+        folders: where such files lie; they were there.
+
+    Raises:
+        ConfigError: if one of the folders is gone, so that nothing can be said of the file.
+    """
+    if lost := next((folder for folder in folders if not folder.is_dir()), None):
+        raise ConfigError(
+            f"{path} cannot be read, because the folder {lost} is gone, or no folder any more. That is the machine's "
+            f"fault (a mount, a network), so no record is left out for it: mend it and start again; a build keeps its "
+            f"finished shards, a run its checkpoints"
+        )
 
 
 def refuse_lack_of_memory(error: Exception) -> None:

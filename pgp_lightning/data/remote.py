@@ -79,8 +79,9 @@ class ShardCache:
         """Return the path of a shard, fetched if need be; it may be evicted later, so readers use `hold`.
 
         Raises:
-            ConfigError: if the URL may not be fetched, a package is missing for it, or the limit is too small.
-            DataError: if the shard does not come, or is not as promised.
+            ConfigError: if the URL may not be fetched, a package is missing for it, the limit is too small, the cache's
+                disk fails, or network or server do until the last try.
+            DataError: if there is no such shard, or it is not as promised.
         """
         with self.hold(url, size, sha256) as path:
             return path
@@ -95,8 +96,9 @@ class ShardCache:
             sha256: its SHA-256 in hexadecimal digits.
 
         Raises:
-            ConfigError: if the URL may not be fetched, a package is missing for it, or the limit is too small.
-            DataError: if the shard does not come, or is not as promised.
+            ConfigError: if the URL may not be fetched, a package is missing for it, the limit is too small, the cache's
+                disk fails, or network or server do until the last try.
+            DataError: if there is no such shard, or it is not as promised.
         """
         self._check(url)
         if not _SHA256.fullmatch(sha256):
@@ -111,7 +113,7 @@ class ShardCache:
             while (file := _shared(path, size)) is None:
                 self._fetch(path, url, size, sha256)
         except OSError as error:
-            raise DataError(f"{public_file(url)} cannot be kept in the shard cache {self.folder}: {error}") from error
+            raise _no_place(url, f"the shard cache {self.folder}", error) from error
         with file:
             yield path
 
@@ -123,8 +125,9 @@ class ShardCache:
             folder: where it is put, when it is complete.
 
         Raises:
-            ConfigError: if the URL may not be fetched, or a package is missing for it.
-            DataError: if the index does not come, is no JSON, or has more than 256 MiB.
+            ConfigError: if the URL may not be fetched, a package is missing for it, the disk fails, or network or
+                server do until the last try.
+            DataError: if there is no index, or it is no JSON, or has more than 256 MiB.
         """
         self._check(url)
         target = folder / INDEX_FILE
@@ -137,7 +140,7 @@ class ShardCache:
             try:
                 json.load(file)
             except (ValueError, RecursionError) as error:
-                raise Interrupted(f"it is not JSON: {type(error).__name__}") from error
+                raise Interrupted(f"it is not JSON: {type(error).__name__}", fault=DataError) from error
 
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +149,7 @@ class ShardCache:
                 os.fsync(file.fileno())
             part.replace(target)
         except OSError as error:
-            raise DataError(f"{public_file(url)} cannot be kept in {folder}: {error}") from error
+            raise _no_place(url, str(folder), error) from error
         finally:
             part.unlink(missing_ok=True)
         return target
@@ -190,7 +193,8 @@ class ShardCache:
         """Receive a file, again and again.
 
         Raises:
-            DataError: if the last try failed, too, or trying again is of no use.
+            ConfigError: if the last try failed, too, or trying again is of no use.
+            DataError: the same, if it is certain that the file is not there or not as promised.
         """
         waits = _waits(f"{self.seed} {os.getpid()} {url}", self.backoff)
         for tries in range(1, self.retries + 2):
@@ -203,7 +207,7 @@ class ShardCache:
                 if error.final or tries > self.retries:
                     again = "tries" if tries > 1 else "try"
                     # Not "from error": a traceback would show URLs as they are, with credentials.
-                    raise DataError(
+                    raise error.fault(
                         f"{public_file(url)} could not be fetched in {tries} {again}, the last failed because {error}: "
                         f"check the address, the access rights and the network; what was fetched before is kept"
                     ) from None
@@ -218,7 +222,7 @@ class ShardCache:
             for chunk in chunks:
                 got += len(chunk)
                 if got > limit:
-                    raise Interrupted(f"it sends more than {limit} bytes")
+                    raise Interrupted(f"it sends more than {limit} bytes", fault=DataError)
                 file.write(chunk)
                 digest.update(chunk)
         return got, digest.hexdigest()
@@ -227,9 +231,9 @@ class ShardCache:
         """Receive a shard and check it against its promise."""
         got, digest = self._receive(url, file, size)
         if got != size:
-            raise Interrupted(f"it ended after {got} of {size} bytes")
+            raise Interrupted(f"it ended after {got} of {size} bytes", fault=DataError)
         if digest != sha256:
-            raise Interrupted(f"its SHA-256 is {digest}, {INDEX_FILE} promises {sha256}")
+            raise Interrupted(f"its SHA-256 is {digest}, {INDEX_FILE} promises {sha256}", fault=DataError)
 
     def _reserve(self, file: IO[bytes], part: Path, size: int, url: str) -> None:
         """Evict until there is room for a shard, and take it by giving the part its size.
@@ -251,7 +255,7 @@ class ShardCache:
             if files != seen:
                 seen, since = files, time.monotonic()
             if time.monotonic() - since > self.timeout:
-                raise DataError(
+                raise ConfigError(
                     f"{public_file(url)} of {size} bytes finds no room in the shard cache {self.folder}: {total} of "
                     f"{self.limit_bytes} bytes are in use and were for {self.timeout:g} s: raise the limit"
                 )
@@ -286,6 +290,14 @@ class ShardCache:
         with (self.folder / ".lock").open("ab") as file:
             _lock(file, fcntl.LOCK_EX)
             yield
+
+
+def _no_place(url: str, where: str, error: OSError) -> ConfigError:
+    """Return the error about a disk that does not take a file."""
+    return ConfigError(
+        f"{public_file(url)} cannot be kept in {where}: {error}. That is the machine's fault, so no record is left out "
+        f"for it: make room or mend it, and start again"
+    )
 
 
 @lru_cache  # once per process

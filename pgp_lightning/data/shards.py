@@ -12,18 +12,18 @@ import json
 import os
 import tarfile
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from webdataset.tariterators import group_by_keys
 
 from pgp_lightning.data.index import INDEX_FILE, Index, Shard
-from pgp_lightning.data.machine_faults import patiently
+from pgp_lightning.data.machine_faults import patiently, refuse_lost_folder
 from pgp_lightning.data.records import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, RawRecord
 from pgp_lightning.data.remote import ShardCache
 from pgp_lightning.data.shard_names import broken_rule, key_and_extension
@@ -32,6 +32,8 @@ from pgp_lightning.data.writing import REJECTED_FILE
 from pgp_lightning.errors import DataError
 
 __all__ = ["ShardReader", "verify_source"]
+
+Result = TypeVar("Result")
 
 _MAX_HEADER_BYTES = 1 << 20
 
@@ -105,10 +107,21 @@ class _Table:
     """
 
     def __init__(self, shard: Shard) -> None:
-        try:
-            self.keys, self.spans = patiently(shard.path, lambda: _table(shard))
-        except OSError as error:
-            raise DataError(f"{shard.shown} is missing, though {INDEX_FILE} lists it: {shard.remedy}") from error
+        self.keys, self.spans = _read(shard, lambda: _table(shard))
+
+
+def _read(shard: Shard, read: Callable[[], Result]) -> Result:
+    """Return what a function reads from a shard.
+
+    Raises:
+        DataError: if the shard is missing.
+        ConfigError: if the machine fails to read it, again and again, or its folder is gone.
+    """
+    try:
+        return patiently(shard.path, read)
+    except OSError as error:
+        refuse_lost_folder(shard.path, shard.path.parent)
+        raise DataError(f"{shard.shown} is missing, though {INDEX_FILE} lists it: {shard.remedy}") from error
 
 
 def _table(shard: Shard) -> tuple[list[str], np.ndarray]:
@@ -252,4 +265,4 @@ def _pieces(shard: Shard, spans: Sequence[tuple[int, int]]) -> list[bytes | None
                     )
                 yield data
 
-    return patiently(shard.path, lambda: list(pieces()))
+    return _read(shard, lambda: list(pieces()))

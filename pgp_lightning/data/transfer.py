@@ -22,7 +22,7 @@ from urllib.parse import unquote
 import fsspec
 
 from pgp_lightning.data.roots import public, root_url
-from pgp_lightning.errors import ConfigError
+from pgp_lightning.errors import ConfigError, DataError
 
 __all__ = ["Interrupted", "Opener", "arriving", "source"]
 
@@ -31,8 +31,8 @@ Opener = Callable[[], IO[bytes]]
 _CHUNK = 1 << 20
 _AHEAD = 4
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
-# No such file, or no right to it, today: asking again does not help.
-_FINAL = (401, 403, 404, 410)
+# Asking again does not help: there is no such file, or no right to it, which a token that has expired loses for all.
+_GONE, _FORBIDDEN = (404, 410), (401, 403)
 
 
 class Interrupted(Exception):
@@ -42,11 +42,19 @@ class Interrupted(Exception):
         reason: what happened, without credentials.
         final: whether another try is of no use.
         wait: seconds the server asks to wait before the next try.
+        fault: the error that it is if no further try comes: DataError if something else came than was promised, or it
+            is certain that nothing is there; ConfigError if that cannot be told of a network, server or command.
     """
 
-    def __init__(self, reason: str, final: bool = False, wait: float = 0.0) -> None:
+    def __init__(
+        self,
+        reason: str,
+        final: bool = False,
+        wait: float = 0.0,
+        fault: type[ConfigError] | type[DataError] = ConfigError,
+    ) -> None:
         super().__init__(reason)
-        self.final, self.wait = final, wait
+        self.final, self.wait, self.fault = final, wait, fault
 
 
 @contextmanager
@@ -191,7 +199,8 @@ def _explained(error: Exception, url: str) -> Interrupted:
     response = getattr(error, "response", None)
     status = getattr(error, "status", None) or getattr(response, "status_code", None)
     headers = getattr(error, "headers", None) or getattr(response, "headers", None) or {}
-    final = isinstance(error, FileNotFoundError | PermissionError) or status in _FINAL
+    gone = isinstance(error, FileNotFoundError) or status in _GONE
+    final = gone or isinstance(error, PermissionError) or status in _FORBIDDEN
     if status:
         reason = f"the server answers with status {status}"
     elif isinstance(error, FileNotFoundError):
@@ -200,7 +209,8 @@ def _explained(error: Exception, url: str) -> Interrupted:
         told = re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>)]+", lambda found: public(found.group()), str(error))
         reason = f"{type(error).__name__}: {told}" if told and not _secrets(url, told) else type(error).__name__
     asked = headers.get("Retry-After", "")
-    return Interrupted(reason, final, float(asked) if re.fullmatch(r"\d{1,6}", asked) else 0.0)
+    wait = float(asked) if re.fullmatch(r"\d{1,6}", asked) else 0.0
+    return Interrupted(reason, final, wait, DataError if gone else ConfigError)
 
 
 def _secrets(url: str, text: str) -> bool:

@@ -203,11 +203,13 @@ def test_the_estimate_is_visual_tokens_and_a_quarter_of_the_text() -> None:
     for bad in (b"{}", b"[]", b"{", None, b'{"turns": []}', b'{"turns": [{"question": 1}]}', b"[" * 100_000):
         assert estimate(bad, no_size) == 0
 
-    def damaged() -> tuple[int, int]:
-        raise DataError("the shard ends early")
+    for kind in (DataError, ConfigError):  # of a damaged shard, and of a machine that cannot read it
 
-    with pytest.raises(DataError, match="the shard ends early"):
-        estimate(f'{{"width": true, "height": 24, {turns}}}'.encode(), damaged)
+        def failing(kind: type[Exception] = kind) -> tuple[int, int]:
+            raise kind("the shard ends early")
+
+        with pytest.raises(kind, match="the shard ends early"):
+            estimate(f'{{"width": true, "height": 24, {turns}}}'.encode(), failing)
 
 
 def test_what_grouping_depends_on_is_part_of_the_identity(sized: tuple[StreamSource, ...], tmp_path: Path) -> None:

@@ -103,6 +103,17 @@ def test_a_decoder_without_memory_is_no_bad_image(monkeypatch: pytest.MonkeyPatc
         check_picture(picture(), 1000)
 
 
+def test_a_folder_of_shards_that_goes_away_is_no_damage(tmp_path: Path) -> None:
+    write_source(tmp_path / "d", PictureBuilder("d", 4), 2, progress=False)
+    source = replace(stream_source(tmp_path / "d", allowed_rejects=1.0), on_damage="substitute")
+    (reader := ShardReader(2)).read(source.shards[0], 0)
+    (tmp_path / "d").rename(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"d-00000\.tar cannot be read, because the folder .*/d is gone"):
+        list(EvaluationLoader((source,), READER, 4))
+    with pytest.raises(ConfigError, match=r"d-00000\.tar cannot be read, because the folder .*/d is gone"):
+        reader.read(source.shards[0], 0)
+
+
 @pytest.mark.parametrize("method", ["_HeaderFile", "_pieces"])
 def test_a_shard_that_cannot_be_read_is_no_damaged_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str

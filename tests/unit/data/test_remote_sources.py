@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,14 +13,14 @@ from data_world import PictureBuilder
 from topologies import READER
 
 from pgp_lightning.data.index import Index, Shard
-from pgp_lightning.data.loader import TrainingLoader
+from pgp_lightning.data.loader import EvaluationLoader, TrainingLoader
 from pgp_lightning.data.mixture import Mixture, StreamSource
 from pgp_lightning.data.remote import ShardCache
 from pgp_lightning.data.shards import ShardReader, verify_source
 from pgp_lightning.data.writing import write_source
 from pgp_lightning.errors import ConfigError, DataError
 from pgp_lightning.tools import main as pgp
-from tests.faulty_server import FaultyServer
+from tests.faulty_server import FaultyServer, Plan
 
 
 @pytest.fixture
@@ -61,6 +64,48 @@ def test_settings_that_cannot_fetch_are_said_by_workers_too(tmp_path: Path, work
     loader = TrainingLoader(mixture, READER, 4, workers=workers, cache=cache)
     with pytest.raises(ConfigError, match=r"^https://host/a\.tar has 5000 bytes, .* raise the limit$"):
         next(iter(loader))
+
+
+def lenient(folder: Path, url: str) -> StreamSource:
+    """Return the source as it is fetched, whose damaged shards are replaced."""
+    ShardCache(folder / "x").fetch_index(f"{url}/train/a/index.json", folder / "index")
+    shards = Index.load(folder / "index", f"{url}/train/a").shards
+    return StreamSource("a", shards, allowed_rejects=1.0, on_damage="substitute")
+
+
+@pytest.mark.parametrize("fault", ["503", "403", "drop", "truncate"])
+def test_an_outage_replaces_no_record(served: Path, tmp_path: Path, fault: str) -> None:
+    with FaultyServer(served, Plan(always={"/train/a/a-00001.tar": fault, "/train/a/index.json": ""})) as server:
+        source = lenient(tmp_path, server.url)
+        with pytest.raises(ConfigError, match=r"a-00001\.tar could not be fetched in \d (try|tries)"):
+            list(EvaluationLoader((source,), READER, 4, cache=ShardCache(tmp_path / "c", retries=1, backoff=0.001)))
+
+
+@pytest.mark.parametrize("fault", ["404", "wrong"])
+def test_a_shard_that_is_gone_or_wrong_is_replaced(served: Path, tmp_path: Path, fault: str) -> None:
+    with FaultyServer(served, Plan(always={"/train/a/a-00001.tar": fault, "/train/a/index.json": ""})) as server:
+        source = lenient(tmp_path, server.url)
+        cache = ShardCache(tmp_path / "c", retries=1, backoff=0.001)
+        rejected = Counter[str]()
+        for batch in EvaluationLoader((source,), READER, 4, cache=cache):
+            rejected.update(batch.rejected)
+    assert rejected == {"a/damaged-shard": 4}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_takes_no_shard_replaces_no_record(
+    served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def full(*_: object) -> tuple[int, str]:
+        raise OSError(number, os.strerror(number))
+
+    with FaultyServer(served) as server:
+        source = lenient(tmp_path, server.url)
+        monkeypatch.setattr(ShardCache, "_receive", full)
+        with pytest.raises(ConfigError, match=rf"kept in the shard cache .*{os.strerror(number)}.* machine's"):
+            list(EvaluationLoader((source,), READER, 4, cache=ShardCache(tmp_path / "c")))
+        with pytest.raises(ConfigError, match="cannot be kept in"):
+            ShardCache(tmp_path / "c").fetch_index(f"{server.url}/train/a/index.json", tmp_path / "index")
 
 
 def test_shards_of_a_url_are_verified_through_the_cache(
