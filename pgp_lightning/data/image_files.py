@@ -55,7 +55,7 @@ class ImageFolder:
 
         Raises:
             UnusableRecord: if the path leads out of the folder, there is no such file, or it is too large.
-            ConfigError: if the machine fails to read it, again and again.
+            ConfigError: if the machine fails to read it, again and again, or one of the folders is gone or empty.
         """
         # A drive or a backslash means something on Windows only; no honest annotation has one.
         if not name.strip() or "\\" in name or "\0" in name or PureWindowsPath(name).drive:
@@ -63,7 +63,7 @@ class ImageFolder:
         named = self._allowed[0] / name
         try:
             os.fsencode(named)
-            return patiently(named, lambda: self._read(named, name))
+            return patiently(named, lambda: self._read(named, name), self._allowed)
         except UnicodeEncodeError as error:
             raise UnusableRecord("missing-image", f"{name!r:.200} is no name of a file: {error.reason}") from error
         except OSError as error:

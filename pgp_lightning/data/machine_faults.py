@@ -2,19 +2,21 @@
 
 A read that fails for any other reason than that there is no such file (a disk, a network, permissions, too many open
 files) is tried again, and then stops what reads. Counted as a fault of the record, it would stay in finished shards.
+The same goes for a file that is missing together with all others: of a mount that drops an empty folder stays, or none.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from pgp_lightning.errors import ConfigError
 
-__all__ = ["is_missing", "patiently", "refuse_lack_of_memory", "refuse_lost_folder"]
+__all__ = ["is_missing", "patiently", "refuse_lack_of_memory"]
 
 Result = TypeVar("Result")
 
@@ -27,12 +29,13 @@ def is_missing(error: OSError) -> bool:
     return error.errno in _MISSING
 
 
-def patiently(path: Path, read: Callable[[], Result]) -> Result:
+def patiently(path: Path, read: Callable[[], Result], folders: Sequence[Path] = ()) -> Result:
     """Return what a function reads from a file, called again where the machine fails.
 
     Args:
         path: what is read, for messages.
         read: raises OSError.
+        folders: where such files lie; that one is missing is believed only while these are there and hold anything.
 
     Raises:
         OSError: if there is no such file.
@@ -42,11 +45,13 @@ def patiently(path: Path, read: Callable[[], Result]) -> Result:
         try:
             return read()
         except OSError as error:
-            if is_missing(error):
+            lost = next(filter(_is_lost, folders), None) if is_missing(error) else None
+            if is_missing(error) and lost is None:
                 raise
             if pause is None:
+                why = f"the folder {lost} is gone or empty" if lost else error.strerror or error
                 raise ConfigError(
-                    f"{path} cannot be read, tried {len(_PAUSES) + 1} times: {error.strerror or error}. That is the "
+                    f"{path} cannot be read, tried {len(_PAUSES) + 1} times: {why}. That is the "
                     f"machine's fault (disk, network, permissions, open files), so no record is left out for it: mend "
                     f"it and start again; a build keeps its finished shards, a run its checkpoints"
                 ) from error
@@ -54,22 +59,15 @@ def patiently(path: Path, read: Callable[[], Result]) -> Result:
     raise AssertionError("the last try returns or raises")
 
 
-def refuse_lost_folder(path: Path, *folders: Path) -> None:
-    """Look at where a file is missing.
-
-    Args:
-        path: the file, for the message.
-        folders: where such files lie; they were there.
-
-    Raises:
-        ConfigError: if one of the folders is gone, so that nothing can be said of the file.
-    """
-    if lost := next((folder for folder in folders if not folder.is_dir()), None):
-        raise ConfigError(
-            f"{path} cannot be read, because the folder {lost} is gone, or no folder any more. That is the machine's "
-            f"fault (a mount, a network), so no record is left out for it: mend it and start again; a build keeps its "
-            f"finished shards, a run its checkpoints"
-        )
+def _is_lost(folder: Path) -> bool:
+    """Say whether a folder is gone or empty."""
+    try:
+        with os.scandir(folder) as entries:  # not a list: there may be millions
+            return next(entries, None) is None
+    except PermissionError:  # files may be readable where the folder is not
+        return False
+    except OSError:
+        return True
 
 
 def refuse_lack_of_memory(error: Exception) -> None:

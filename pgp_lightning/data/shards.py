@@ -23,7 +23,7 @@ import numpy as np
 from webdataset.tariterators import group_by_keys
 
 from pgp_lightning.data.index import INDEX_FILE, Index, Shard
-from pgp_lightning.data.machine_faults import patiently, refuse_lost_folder
+from pgp_lightning.data.machine_faults import patiently
 from pgp_lightning.data.records import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, RawRecord
 from pgp_lightning.data.remote import ShardCache
 from pgp_lightning.data.shard_names import broken_rule, key_and_extension
@@ -118,9 +118,8 @@ def _read(shard: Shard, read: Callable[[], Result]) -> Result:
         ConfigError: if the machine fails to read it, again and again, or its folder is gone.
     """
     try:
-        return patiently(shard.path, read)
+        return patiently(shard.path, read, [shard.path.parent])
     except OSError as error:
-        refuse_lost_folder(shard.path, shard.path.parent)
         raise DataError(f"{shard.shown} is missing, though {INDEX_FILE} lists it: {shard.remedy}") from error
 
 

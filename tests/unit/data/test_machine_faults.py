@@ -103,14 +103,55 @@ def test_a_decoder_without_memory_is_no_bad_image(monkeypatch: pytest.MonkeyPatc
         check_picture(picture(), 1000)
 
 
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("stays", [False, True])  # as the place of a mount does, empty
+def test_a_folder_of_images_that_goes_away_stops_a_build_which_then_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: bool, stays: bool
+) -> None:
+    options: dict[str, Any] = write_raw(tmp_path, [raw(), raw(), raw(), raw(), raw(image="gone.png")])
+    folder, away = tmp_path / ("linked" if linked else "images"), tmp_path / "away"
+    if linked:
+        folder.mkdir()
+        (tmp_path / "images" / "one.png").rename(folder / "one.png")
+        (tmp_path / "images" / "one.png").symlink_to(folder / "one.png")
+        options["linked"] = [str(folder)]
+    read, pauses = InstructionRecords.__getitem__, []
+
+    def drop(builder: InstructionRecords, index: int) -> Any:
+        if index == 3:
+            folder.rename(away)
+            if stays:
+                folder.mkdir()
+        return read(builder, index)
+
+    def mount() -> None:
+        if stays:
+            folder.rmdir()
+        away.rename(folder)
+
+    def wait(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            mount()
+
+    monkeypatch.setattr(InstructionRecords, "__getitem__", drop)
+    with pytest.raises(ConfigError, match=rf"one\.png cannot be read, tried 4 times: the folder {folder} is gone"):
+        write_source(tmp_path / "a", InstructionRecords(**options), 2, progress=False)
+    assert len(list(tmp_path.glob(".a.*.part/files/a-00000.tar"))) == 1
+    mount()
+    monkeypatch.setattr(machine_faults.time, "sleep", wait)
+    index = write_source(tmp_path / "a", InstructionRecords(**options), 2, progress=False)  # it comes back meanwhile
+    assert (index.samples, index.rejected) == (4, {"missing-image": 1}) and len(pauses) == 2
+
+
 def test_a_folder_of_shards_that_goes_away_is_no_damage(tmp_path: Path) -> None:
     write_source(tmp_path / "d", PictureBuilder("d", 4), 2, progress=False)
     source = replace(stream_source(tmp_path / "d", allowed_rejects=1.0), on_damage="substitute")
     (reader := ShardReader(2)).read(source.shards[0], 0)
     (tmp_path / "d").rename(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match=r"d-00000\.tar cannot be read, because the folder .*/d is gone"):
+    with pytest.raises(ConfigError, match=r"d-00000\.tar cannot be read, tried 4 times: the folder .*/d is gone"):
         list(EvaluationLoader((source,), READER, 4))
-    with pytest.raises(ConfigError, match=r"d-00000\.tar cannot be read, because the folder .*/d is gone"):
+    with pytest.raises(ConfigError, match=r"d-00000\.tar cannot be read, tried 4 times: the folder .*/d is gone"):
         reader.read(source.shards[0], 0)
 
 
