@@ -6,7 +6,7 @@ pairs of `history`). A system text is the first turn, or stands under `system`. 
 `images`, by parts of a content, or inside a text as `<img>PATH</img>`, as Qwen-VL has it.
 
 Tables written as JSON have every key in every record, so a null is no value: its key counts as absent. For the same
-reason an empty system text is none.
+reason an empty text under `system` is none; a first turn that is empty is meant.
 """
 
 from __future__ import annotations
@@ -70,19 +70,18 @@ def read_layout(source: dict[str, Any]) -> Laid:
     if not entries:
         raise UnusableRecord("no-conversation", f"expected turns, got {_first_of(source)!r:.80}")
     if entries[0].role == "system":
-        turn, entries = entries[0].text, entries[1:]
-        if not isinstance(turn, str):
-            raise UnusableRecord("bad-turns", f"the system prompt is no text, but {turn!r:.80}")
-        if system and turn and system != turn:
+        if system is not None and system != entries[0].text:
             raise UnusableRecord("bad-turns", "there are two system texts, a turn and `system`")
-        system = system or turn
+        system, entries = entries[0].text, entries[1:]
+        if not isinstance(system, str):
+            raise UnusableRecord("bad-turns", f"the system prompt is no text, but {system!r:.80}")
     said = [entry.role for entry in entries]
     if not entries or said != ["question", "answer"] * (len(said) // 2):
         names = ", ".join(entry.called for entry in entries)
         raise UnusableRecord("bad-turns", f"expected human, gpt, ..., human, gpt, got {names:.80}")
     pairs = zip(entries[::2], entries[1::2], strict=True)
     exchanges = tuple(Exchange(asked.text, said.text, (asked.source, said.source)) for asked, said in pairs)
-    return Laid(image, exchanges, system or None)
+    return Laid(image, exchanges, system)
 
 
 @dataclass
@@ -100,6 +99,7 @@ def _entries(source: dict[str, Any], shown: list[str]) -> tuple[Any, list[_Entry
     system = source.get("system")
     if system is not None and not isinstance(system, str):
         raise UnusableRecord("bad-turns", f"the system prompt is no text, but {system!r:.80}")
+    system = system or None
     stated = [key for key in _TURNS if source.get(key) is not None]
     pairs = [pair for pair in _PAIRS if all(source.get(key) is not None for key in pair)]
     if len(several := [*stated, *map("/".join, pairs)]) > 1:
