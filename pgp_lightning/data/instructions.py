@@ -43,6 +43,11 @@ BoxFormat = Literal["pixels", "thousandths", "fractions"]
 
 _FORMAT = 3  # part of the identity: raise it when the same annotations make other records
 _PLACEHOLDERS = (PLACEHOLDER, "<IMG_CONTEXT>", "<img>", "</img>")
+_REASONS = (
+    "bad-encoding", "bad-json", "record-too-large", "unknown-layout", "no-conversation", "bad-turns", "empty-question",
+    "empty-answer", "bad-text", "bad-boxes", "text-only", "several-images", "video", "image-not-named", "image-no-file",
+    "unsafe-path", "missing-image", "image-too-large", "bad-image",
+)  # fmt: skip
 _BOX_KEYS = ("boxes", "bboxes", "bboxs", "bbox")
 
 
@@ -64,6 +69,9 @@ class InstructionRecords:
     Raises:
         ConfigError: if `boxes` or `max_pixels` is none of these, or a folder is the root of the file system.
     """
+
+    reasons = _REASONS
+    """What a record may be rejected for."""
 
     def __init__(
         self,

@@ -49,7 +49,10 @@ class UnusableRecord(DataError):
 
 @runtime_checkable
 class SampleBuilder(Protocol):
-    """What makes the records of a source; named by a manifest's `build:`, picklable when several processes write."""
+    """What makes the records of a source; named by a manifest's `build:`, picklable when several processes write.
+
+    If it also has `reasons`, all those of its `UnusableRecord`s, a manifest's `expected_rejects` are checked by them.
+    """
 
     def __len__(self) -> int:
         """Return the number of records, those that turn out to be unusable included."""

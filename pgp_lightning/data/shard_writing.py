@@ -24,7 +24,9 @@ from pgp_lightning.data.records import (
 )
 from pgp_lightning.errors import ConfigError
 
-__all__ = ["ShardTask", "file_sha256", "write_shard", "write_text"]
+__all__ = ["WRITING_REASONS", "ShardTask", "file_sha256", "write_shard", "write_text"]
+
+WRITING_REASONS = ("bad-encoding", "image-too-large", "record-too-large")  # of any builder's records
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 

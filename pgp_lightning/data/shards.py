@@ -8,7 +8,6 @@ and no member is larger than a limit, so shards from elsewhere can do no more th
 from __future__ import annotations
 
 import io
-import json
 import os
 import tarfile
 from collections import Counter, OrderedDict
@@ -28,7 +27,7 @@ from pgp_lightning.data.records import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, RawRe
 from pgp_lightning.data.remote import ShardCache
 from pgp_lightning.data.shard_names import broken_rule, key_and_extension
 from pgp_lightning.data.shard_writing import file_sha256
-from pgp_lightning.data.writing import REJECTED_FILE
+from pgp_lightning.data.writing import REJECTED_FILE, reported
 from pgp_lightning.errors import DataError
 
 __all__ = ["ShardReader", "verify_source"]
@@ -67,23 +66,13 @@ def verify_source(
             _Table(there)
     if index.totals and index.totals.get("records") != index.samples:
         raise DataError(f"{folder / INDEX_FILE}: totals.records is not the shards' sum {index.samples}: {index.remedy}")
-    if url is None and index.rejected and (listed := _reported(index)) != dict(index.rejected):
+    if url is not None or not index.rejected:
+        return index
+    if (listed := dict(Counter(str(reject["reason"]) for reject in reported(index)))) != dict(index.rejected):
         raise DataError(
             f"{folder / REJECTED_FILE} lists {listed}, {INDEX_FILE} promises {dict(index.rejected)}: {index.remedy}"
         )
     return index
-
-
-def _reported(index: Index) -> dict[str, int]:
-    """Return the number of rejected records by reason that a report lists; none if there is no report."""
-    file = index.folder / REJECTED_FILE
-    try:
-        with file.open(encoding="utf-8") as lines:
-            return dict(Counter(str(json.loads(line)["reason"]) for line in lines))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{file} is no report of rejected records ({error}): {index.remedy}") from error
 
 
 @contextmanager

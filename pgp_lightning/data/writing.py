@@ -18,7 +18,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from pgp_lightning.data.build_pool import run_tasks
 from pgp_lightning.data.index import INDEX_FILE, INDEX_VERSION, Index
 from pgp_lightning.data.manifest import Source
 from pgp_lightning.data.records import SampleBuilder
-from pgp_lightning.data.shard_writing import ShardTask, write_shard, write_text
+from pgp_lightning.data.shard_writing import WRITING_REASONS, ShardTask, write_shard, write_text
 from pgp_lightning.errors import ConfigError, DataError
 from pgp_lightning.vlm.shard_files import sync_path
 
@@ -43,6 +43,7 @@ __all__ = [
     "listed_rejects",
     "make_builder",
     "make_source",
+    "reported",
     "write_source",
 ]
 
@@ -53,7 +54,8 @@ def make_builder(source: Source) -> SampleBuilder:
     """Construct the builder that a source's `build:` names.
 
     Raises:
-        ConfigError: if there is none, or it cannot be imported or constructed.
+        ConfigError: if there is none, or it cannot be imported or constructed, or if the source expects rejects for a
+            reason that is not among the builder's.
     """
     if source.build is None:
         raise ConfigError(f"{source.manifest}: source {source.name!r} has no `build:`, so its shards cannot be made")
@@ -71,6 +73,13 @@ def make_builder(source: Source) -> SampleBuilder:
         raise ConfigError(f"{place}: {error}") from error
     if not isinstance(builder, SampleBuilder):
         raise ConfigError(f"{place}: {source.build.class_path} must have __len__, __getitem__ and identity")
+    reasons = getattr(builder, "reasons", None)
+    if reasons is not None and (unknown := sorted(source.expected_rejects.keys() - {*reasons, *WRITING_REASONS})):
+        raise ConfigError(
+            f"{source.manifest}: source {source.name!r} of split {source.split!r}: expected_rejects: there is "
+            f"no reason {', '.join(map(repr, unknown))}, {source.build.class_path} knows "
+            f"{', '.join(sorted({*reasons, *WRITING_REASONS}))}"
+        )
     return builder
 
 
@@ -136,15 +145,18 @@ def excess_rejects(source: Source, index: Index) -> str | None:
 
 
 def listed_rejects(index: Index, most: int = 10) -> list[str]:
-    """Return lines that name the first rejected records of every reason, as the report has them."""
+    """Return lines that name the first rejected records of every reason, as the report has them.
+
+    Raises:
+        DataError: if the report is damaged.
+    """
     report = index.folder / REJECTED_FILE
     if not index.rejected or not report.is_file():
         return []
     shown: dict[str, list[str]] = {reason: [] for reason in index.rejected}
-    with report.open(encoding="utf-8") as lines:
-        for reject in map(json.loads, lines):
-            if len(found := shown.setdefault(str(reject["reason"]), [])) < most:
-                found.append(_named(reject))
+    for reject in reported(index):
+        if len(found := shown.setdefault(str(reject["reason"]), [])) < most:
+            found.append(_named(reject))
     told = []
     for reason, found in sorted(shown.items()):
         number = index.rejected.get(reason, len(found))
@@ -153,9 +165,30 @@ def listed_rejects(index: Index, most: int = 10) -> list[str]:
     return [*told, f"  all of them: {report}"]
 
 
+def reported(index: Index) -> Iterator[dict[str, Any]]:
+    """Yield the rejected records that a source's report lists, none if there is no report.
+
+    Raises:
+        DataError: if the report is damaged, with the line.
+    """
+    file, number = index.folder / REJECTED_FILE, 0
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for line in lines:
+                number += 1
+                reject = json.loads(line)
+                if not isinstance(reject, dict) or not reject.keys() >= {"record", "reason", "detail"}:
+                    raise ValueError(f"expected record, reason and detail, got {line:.80}")
+                yield reject
+    except FileNotFoundError:
+        return
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is no report of rejected records, line {number}: {error}: {index.remedy}") from error
+
+
 def _named(reject: Mapping[str, Any]) -> str:
     """Return a line about a rejected record: where it stands, what it is called, what is wrong."""
-    place = f"{reject['file']}:{reject['line']}" if "file" in reject else f"record {reject['record']}"
+    place = f"{reject['file']}:{reject['line']}" if {"file", "line"} <= reject.keys() else f"record {reject['record']}"
     names = [f"{key} {reject[key]}" for key in ("id", "image") if key in reject]
     return f"{', '.join([place, *names])}: {reject['detail']}"
 

@@ -236,13 +236,14 @@ def test_system_texts_and_histories_of_other_layouts(tmp_path: Path) -> None:
         tmp_path,
         {"messages": [system, *said("<image>What?"), *said("Why?", "So.")], **image},
         {"query": "Why?", "response": "So.", "history": [["<image>What?", "A cat."]], "system": "Be brief.", **image},
-        {"conversations": [{"from": "system", "value": ""}, *turns("<image>What?", "A cat.")], "system": "", **image},
+        {"conversations": turns("<image>What?", "A cat."), "system": "", **image},
         {"messages": [system, *said("<image>What?")], "system": "", **image},
+        {"conversations": [{"from": "system", "value": ""}, *turns("<image>What?", "A cat.")], "system": "", **image},
     )
     two = [{"question": "What?", "answer": "A cat."}, {"question": "Why?", "answer": "So."}]
-    found = [builder[number][3] for number in range(4)]
-    assert [record.get("system") for record in found] == ["Be brief.", "Be brief.", None, "Be brief."]
-    assert [record["turns"] for record in found] == [two, two, two[:1], two[:1]]
+    found = [builder[number][3] for number in range(5)]
+    assert [record.get("system") for record in found] == ["Be brief.", "Be brief.", None, "Be brief.", ""]
+    assert [record["turns"] for record in found] == [two, two, *[two[:1]] * 3]
 
 
 def test_boxes_of_turns_in_any_layout(tmp_path: Path) -> None:
@@ -330,7 +331,8 @@ def test_every_reason_is_in_the_list_of_troubles() -> None:
     )
     reasons = {reason for reason, _ in REFUSED} | {"record-too-large", "unsafe-path", "bad-image", "image-too-large"}
     listed = [line.split(":")[0] for line in (conversation.__doc__ or "").splitlines() if line.startswith("- ")]
-    assert reasons == named(built) and set(re.findall(r"`([a-z-]+)`", " ".join(listed))) | {DAMAGED} == named(read)
+    assert reasons == named(built) == {*InstructionRecords.reasons}
+    assert set(re.findall(r"`([a-z-]+)`", " ".join(listed))) | {DAMAGED} == named(read)
 
 
 def named(text: str) -> set[str]:

@@ -22,7 +22,14 @@ from pgp_lightning.data.index import Index
 from pgp_lightning.data.instructions import InstructionRecords
 from pgp_lightning.data.manifest import Build, Source, Upstream
 from pgp_lightning.data.shards import ShardReader, verify_source
-from pgp_lightning.data.writing import build_source, build_summary, excess_rejects, make_source, write_source
+from pgp_lightning.data.writing import (
+    build_source,
+    build_summary,
+    excess_rejects,
+    listed_rejects,
+    make_source,
+    write_source,
+)
 from pgp_lightning.errors import ConfigError, DataError
 from pgp_lightning.tools import main
 
@@ -118,6 +125,12 @@ def test_a_report_that_does_not_fit_the_index_is_found(tmp_path: Path) -> None:
         report.write_text(text)
         with pytest.raises(DataError, match=message):
             verify_source(tmp_path / "a")
+    index = Index.load(tmp_path / "a")
+    for damage in ("{", "[]", '{"reason": "odd"}', "\0", "[" * 100_000, '{"reason": "odd", "record": 1, "file": "f"}'):
+        report.write_text(lines[0] + damage + "\n")
+        for read in (listed_rejects, lambda _: verify_source(tmp_path / "a")):
+            with pytest.raises(DataError, match=r"/rejected\.jsonl is no report of rejected records, line 2: "):
+                read(index)
     report.unlink()
     with pytest.raises(DataError, match=r"lists {}, index.json promises {'even': 1, 'odd': 1}"):
         verify_source(tmp_path / "a")
@@ -294,6 +307,20 @@ def test_expected_rejects_are_counted_apart(tmp_path: Path) -> None:
         ({"old": 0.9}, r"3 of 10 records"),
     ):
         assert re.search(told, excess_rejects(replace(source, expected_rejects=expected), index) or "")
+
+
+def test_expected_rejects_of_no_reason_are_refused(tmp_path: Path) -> None:
+    options = write_raw(tmp_path, [raw(), raw(image="", conversations=turns("What?"))])
+    build = Build("pgp_lightning.data.instructions.InstructionRecords", options)
+    source = Source("s", "train", tmp_path / "s", tmp_path / "m.yaml", build=build)
+    for built in (False, True):  # also of shards that are there already
+        with pytest.raises(ConfigError, match=r"m\.yaml: source 's' .* no reason 'text_only', .*, text-only, "):
+            build_source(replace(source, expected_rejects={"text_only": 0.5, "video": 0.1}), progress=False)
+        assert (tmp_path / "s").exists() == built
+        build_source(replace(source, expected_rejects={"text-only": 0.5}), progress=False)
+    picky = Build("raw_world.PickyBuilder", {"name": "a", "size": 4, "broken": [1]})  # does not say which it has
+    source = replace(source, folder=tmp_path / "a", build=picky, expected_rejects={"odd": 0.5})
+    assert build_source(source, progress=False).rejected == {"odd": 1}
 
 
 def test_the_first_ten_rejects_of_a_reason_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
