@@ -34,6 +34,7 @@ __all__ = ["FORMERLY", "EvaluationLoader", "TrainingLoader"]
 # What settings were before they could be chosen; checkpoints of that time do not have them.
 FORMERLY: dict[str, Any] = {"weights": "count", "mixing": "random", "group_batches": 1, "own_max_tiles": {}}
 
+_OVERFIT = "overfit_batches x processes"  # the name for it in messages; `repeat` is a key of manifests
 _KEPT_BYTES = 31 << 20  # glibc passes over blocks of 32 MiB and more
 
 
@@ -166,7 +167,7 @@ class TrainingLoader:
         """Return, as JSON values, all that must be the same for a run to go on with the same data."""
         own = {source.name: source.max_tiles for source in self.mixture.sources if source.max_tiles is not None}
         identity = {**self.mixture.identity(), "turns": self.reader.turns, "own_max_tiles": own}
-        identity["repeat"] = self._repeat
+        identity[_OVERFIT] = self._repeat
         if self.mixture.group_batches > 1:  # what the records' estimated sizes depend on
             rule = self.reader.rule()
             identity["tile_rule"] = [rule.tile_size, rule.tokens_per_side, rule.min_tiles, rule.thumbnail, rule.fit]
@@ -185,7 +186,7 @@ class TrainingLoader:
         Raises:
             ConfigError: if the order has changed, or the consumed batches do not divide by the ranks.
         """
-        saved, now = {**FORMERLY, **state["identity"]}, self.identity()
+        saved, now = {**FORMERLY, _OVERFIT: None, **state["identity"]}, self.identity()
         both = [key for key in now if key in saved]
         changed = [f"{key} was {saved[key]!r} and is {now[key]!r}" for key in both if saved[key] != now[key]]
         if changed:

@@ -100,8 +100,13 @@ def test_the_first_batches_come_over_and_over(
         found = simulated(mixture, ranks, workers, first, 40, monkeypatch, repeat=repeat)
         assert found == {number: batch for number, batch in expected.items() if number >= first}
     state = TrainingLoader(mixture, READER, 40, repeat=repeat).state_dict()
-    with pytest.raises(ConfigError, match=f"repeat was {repeat} and is None"):
-        TrainingLoader(mixture, READER, 40).load_state_dict(state)
+    for other in (None, 2 * repeat):  # the same number of each of twice as many processes is another one
+        with pytest.raises(ConfigError, match=f": overfit_batches x processes was {repeat} and is {other}. Re"):
+            TrainingLoader(mixture, READER, 40, repeat=other).load_state_dict(state)
+    del state["identity"]["overfit_batches x processes"]  # as before there was such a thing
+    TrainingLoader(mixture, READER, 40).load_state_dict(state)
+    with pytest.raises(ConfigError, match=f"overfit_batches x processes was None and is {repeat}"):
+        TrainingLoader(mixture, READER, 40, repeat=repeat).load_state_dict(state)
 
 
 def test_an_unusable_record_that_comes_over_and_over_counts_once(tmp_path: Path) -> None:
