@@ -24,7 +24,6 @@ Records are kept whole or left out, under these reasons:
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from functools import cached_property
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pgp_lightning.data.annotations import Annotations
+from pgp_lightning.data.conversation import stated_size
 from pgp_lightning.data.image_files import ImageFolder, Picture, check_picture
 from pgp_lightning.data.layouts import PLACEHOLDER, Laid, read_layout
 from pgp_lightning.data.records import UnusableRecord
@@ -48,6 +48,7 @@ _REASONS = (
     "empty-answer", "bad-text", "bad-boxes", "text-only", "several-images", "video", "image-not-named", "image-no-file",
     "unsafe-path", "missing-image", "image-too-large", "bad-image",
 )  # fmt: skip
+_FARTHEST = 1e9  # of a corner from the image's own: NaN and integers that are no floats are beyond
 _BOX_KEYS = ("boxes", "bboxes", "bboxs", "bbox")
 
 
@@ -146,8 +147,8 @@ class InstructionRecords:
 
     def _place_boxes(self, source: dict[str, Any], laid: Laid, record: dict[str, Any], picture: Picture) -> None:
         """Put the boxes of a source record and of its turns, in fractions, into ours."""
-        frame: tuple[float, float] = {"fractions": (1.0, 1.0), "thousandths": (1000.0, 1000.0)}.get(
-            self.boxes, _stated_size(source) or (picture.width, picture.height)
+        frame: tuple[float, float] = {"fractions": (1, 1), "thousandths": (1000, 1000)}.get(
+            self.boxes, stated_size(source) or (picture.width, picture.height)
         )
         for turn, exchange in zip(record["turns"], laid.exchanges, strict=True):
             if boxes := [box for entry in exchange.entries for box in _boxes(entry, frame)]:
@@ -192,14 +193,6 @@ def _text(what: str, text: str) -> str:
     return text
 
 
-def _stated_size(source: dict[str, Any]) -> tuple[float, float] | None:
-    """Return the width and height that a record states."""
-    size = [source.get("width"), source.get("height")]
-    if all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in size):
-        return float(size[0]), float(size[1])  # type: ignore[arg-type]
-    return None
-
-
 def _boxes(entry: dict[str, Any], frame: tuple[float, float]) -> list[list[float]]:
     """Return the boxes under whichever key has them, as fractions cut to the image."""
     found: object = next((entry[key] for key in _BOX_KEYS if entry.get(key)), [])
@@ -212,7 +205,7 @@ def _box(value: object, frame: tuple[float, float]) -> list[float]:
     if (
         not isinstance(value, list)
         or len(value) != 4
-        or not all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in value)
+        or not all(isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < _FARTHEST for x in value)
     ):
         raise UnusableRecord("bad-boxes", f"expected [x1, y1, x2, y2], got {value!r:.80}")
     width, height = frame

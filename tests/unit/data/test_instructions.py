@@ -161,6 +161,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("bad-boxes", raw(bbox=[8, 2, 3, 4])),
     ("bad-boxes", raw(bbox=[20, 20, 30, 30])),
     ("bad-boxes", raw(bbox=[1, 2, 3, float("nan")])),
+    ("bad-boxes", raw(bbox=[1, 2, 10**400, 4])),
     ("bad-boxes", raw(boxes=[[1, 2, 3, 4], "5"])),
     ("bad-boxes", raw(bbox="1, 2, 3, 4")),
 ]  # fmt: skip
@@ -292,6 +293,11 @@ def test_boxes_become_fractions(tmp_path: Path) -> None:
         record = build(tmp_path, {**chain, "bboxs": [box]}, boxes=boxes)[0][3]
         assert record["boxes"] == [half] and record["turns"] == [{"question": "who?", "answer": "me"}]
         assert "boxes" not in record["turns"][0] and (record["width"], record["height"]) == (16, 16)
+
+
+@pytest.mark.parametrize("width", [1 << 31, 10**400, 0, True, None])
+def test_a_size_that_no_image_has_is_not_what_boxes_count(tmp_path: Path, width: Any) -> None:
+    assert build(tmp_path, raw(width=width, height=32, bbox=[0, 0, 8, 8]))[0][3]["boxes"] == [[0, 0, 0.5, 0.5]]
 
 
 def test_keys_are_made_of_file_and_position(tmp_path: Path) -> None:
