@@ -20,11 +20,11 @@ from packaging.requirements import Requirement
 
 with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)["project"]
-for text in [*project["dependencies"], *(text for group in ("sentencepiece", "dev") for text in project["optional-dependencies"][group])]:
+extras = project["optional-dependencies"]
+for text in [*project["dependencies"], *extras["sentencepiece"], *extras["dev"]]:
     wanted = Requirement(text)
     if wanted.name not in ("torch", "pgp-lightning"):
-        extras = f"[{','.join(sorted(wanted.extras))}]" if wanted.extras else ""
-        print(f"{wanted.name}{extras}")
+        print(wanted.name + (f"[{','.join(sorted(wanted.extras))}]" if wanted.extras else ""))
 END
 python -m pip install --quiet --upgrade "$torch" -r "$environment/newest.txt"
 python -m pip install --quiet --no-deps -e .
