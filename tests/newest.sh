@@ -29,5 +29,5 @@ END
 python -m pip install --quiet --upgrade "$torch" -r "$environment/newest.txt"
 python -m pip install --quiet --no-deps -e .
 
-python -m pip list --format freeze | grep -iE "^($(sed 's/\[.*//' "$environment/newest.txt" | paste -sd '|')|torch)=="
+python -m pip list --format freeze | tr _ - | grep -iE "^($(sed 's/\[.*//' "$environment/newest.txt" | paste -sd '|')|torch)=="
 python -m pytest -m contract -n 2 --dist loadfile -p no:cacheprovider

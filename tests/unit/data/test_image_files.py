@@ -119,7 +119,7 @@ def test_absolute_paths_may_lead_into_the_folder_and_nowhere_else(folder: Path) 
     ):
         assert ImageFolder(folder).read(str(name)) in (picture(), picture(2))
     assert InstructionRecords(**write_raw(folder.parent, [raw(image=str(folder / "sub/two.png"))]))[0][1] == picture(2)
-    for name in (folder.parent / "secret.png", folder / "outside.png", folder / "../secret.png", Path("/nowhere/else.png")):
+    for name in (folder.parent / "secret.png", folder / "outside.png", folder / "../secret.png", Path("/nowhere")):
         with pytest.raises(UnusableRecord, match=r"unsafe-path: .* leads out of"):
             ImageFolder(folder).read(str(name))
     with pytest.raises(UnusableRecord, match="missing-image"):
