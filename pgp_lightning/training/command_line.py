@@ -333,7 +333,8 @@ class RunCLI(LightningCLI):
         print(f"run {self.trainer.default_root_dir} stopped after {self.trainer.global_step} optimiser steps")
         for name, value in sorted(figures.items()):
             print(f"  {name:<{width}}  {value:.4f}")
-        if not figures and self.trainer.limit_val_batches:
+        # Of what came before a checkpoint nothing is known here.
+        if self.checkpoint is None and not figures and self.trainer.limit_val_batches:
             print("  it was never validated: trainer.val_check_interval is longer, or the data has no val split")
         if self.trainer.checkpoint_callback is not None:
             print(f"  continue with --ckpt_path last, watch with tensorboard --logdir {self.trainer.default_root_dir}")

@@ -173,6 +173,9 @@ def test_a_run_without_a_validation_says_so(run: Callable[..., int], capsys: pyt
     assert "it was never validated" in capsys.readouterr().out
     assert run("fit", "meant", "--trainer.max_steps=3", "--trainer.limit_val_batches=0") == 0
     assert "never validated" not in capsys.readouterr().out
+    # A finished run that is continued has nothing to do, and was validated before.
+    assert run("fit", "long") == 0 and run("fit", "long", "--ckpt_path=last") == 0
+    assert "never validated" not in capsys.readouterr().out
 
 
 def test_a_trial_leaves_nothing(run: Callable[..., int], tmp_path: Path) -> None:
