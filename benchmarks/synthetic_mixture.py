@@ -247,11 +247,10 @@ class Writer:
             record |= {"video": "clip.mp4"}
         elif fault == "boxes":
             record["bboxes"] = [[9, 9, 3, 3]]
-        elif fault == "no turns":
-            record = {"id": record["id"], "image": record["image"], "conversations": []}
-        elif fault in ("order", "two answers"):
+        elif fault in ("no turns", "order", "two answers"):
             turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "that"}]
-            record["conversations"] = turns[::-1] if fault == "order" else [*turns, turns[1]]
+            wrong = {"no turns": [], "order": turns[::-1], "two answers": [*turns, turns[1]]}[fault]
+            record = {"id": record["id"], "image": record["image"], "conversations": wrong}
         elif fault == "no question":
             self._ask(record, lambda question: "<image>\n")
         else:
