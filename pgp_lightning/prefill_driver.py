@@ -164,14 +164,14 @@ class Driver:
         does not depend on them, and is what plain decoding keeps.
         """
         head, tail = call.split(self.announced.visual.shape[1])
-        first = body(**head)
-        if not held_slots(ModelCall(body, (), tail).cache):
+        first, rest = body(**head), ModelCall(body, (), tail)
+        if not held_slots(rest.cache):
             raise ConfigError(
                 "slots behind the prompt take a cache, and the model has filled none, as gradient checkpointing does: "
                 "call it with the prompt alone, or switch checkpointing off"
             )
         self.first, self.seen, self.running, self.prefill = first, 0, True, False
-        self._continue(ModelCall(body, (), tail))
+        self._continue(rest)
         return (), tail
 
     def _continue(self, call: ModelCall) -> None:

@@ -39,9 +39,8 @@ class WeightAverage(_AfterStep):
             raise ConfigError(f"WeightAverage.decay must be in [0, 1), got {decay}")
         self.decay = decay
         self._updates = 0
-        self._average: dict[
-            str, Tensor
-        ] = {}  # by the name in the module; the weights themselves while they are swapped
+        # By the name in the module; the weights themselves while they are swapped.
+        self._average: dict[str, Tensor] = {}
         self._swapped = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -279,9 +279,10 @@ def recompute_layers(decoder: nn.Module) -> None:
 
 def recomputed_with_hooks(layer: nn.Module) -> bool:
     """Return whether a backward pass would run a layer again, and the hooks on it too, as before transformers 5.23."""
+    if not torch.is_grad_enabled():  # first: decoding asks this of every layer, in every step
+        return False
     called: Any = type(layer).__call__
-    checkpointed = bool(getattr(layer, "gradient_checkpointing", False)) and layer.training and torch.is_grad_enabled()
-    return checkpointed and called is not nn.Module.__call__
+    return layer.training and getattr(layer, "gradient_checkpointing", False) and called is not nn.Module.__call__
 
 
 def without_cache(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -102,9 +102,8 @@ class InternVL(VLM):
             patch, ratio = side_of(vision.get("patch_size", 14)) or 14, config.get("downsample_ratio", 0.5)
             sizes = {name: side_of(values.get("size")) for name, values in files.items()}
             side = agreed(folder, "the side of a tile", {CONFIG: side_of(vision.get("image_size", 448)), **sizes})
-            silent = {"preprocessor_config.json": None, "processor_config.json": None}
             limits = {
-                key: agreed(folder, key, silent | {name: values.get(key) for name, values in files.items()})
+                key: agreed(folder, key, {name: values.get(key) for name, values in files.items()})
                 for key in ("min_patches", "max_patches")
             }
             length = text_length(config.get("text_config", {}), "qwen2", tokenizer)

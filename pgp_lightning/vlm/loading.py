@@ -23,7 +23,7 @@ from pgp_lightning.vlm.internvl import InternVL
 from pgp_lightning.vlm.llava import Llava
 from pgp_lightning.vlm.original_config import convert_config, image_token_id, is_original
 from pgp_lightning.vlm.processor import SIDE_CAR, Processor, read_side_car, write_side_car
-from pgp_lightning.vlm.settings import agreed, image_files
+from pgp_lightning.vlm.settings import CONFIG, agreed, image_files, read_object
 from pgp_lightning.vlm.shard_files import INDEX, SINGLE
 
 __all__ = [
@@ -125,14 +125,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: if it is no JSON object.
     """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} must be a model's configuration: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} must hold an object, got {type(config).__name__}")
-    return config
+    return read_object(folder / CONFIG)
 
 
 def family_of(config: Mapping[str, Any], folder: Path) -> type[VLM]:
@@ -223,7 +216,7 @@ def _describe(base: str) -> _Described:
         processor = Processor(tokenizer, *facts, family.family)
     elif side_car["family"] == family.family:
         processor = Processor(tokenizer, **side_car)
-        if not is_original(config) and image_files(folder):
+        if not is_original(config) and any(image_files(folder).values()):
             # transformers has saved a processor of its own beside ours.
             rule = family.facts(folder, config, tokenizer).rule
             agreed(folder, "the tile rule", {SIDE_CAR: asdict(processor.rule), "transformers' files": asdict(rule)})

@@ -16,7 +16,17 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from pgp_lightning.errors import ConfigError
 from pgp_lightning.vlm.processor import ChatTemplate
 
-__all__ = ["CONFIG", "Setting", "agreed", "check_chat_format", "check_pixels", "image_files", "side_of", "text_length"]
+__all__ = [
+    "CONFIG",
+    "Setting",
+    "agreed",
+    "check_chat_format",
+    "check_pixels",
+    "image_files",
+    "read_object",
+    "side_of",
+    "text_length",
+]
 
 CONFIG, _OLD, _NEW = "config.json", "preprocessor_config.json", "processor_config.json"
 
@@ -29,13 +39,12 @@ class Setting(NamedTuple):
 
 
 def image_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return what a checkpoint says of its images, by file; files that say nothing are left out.
+    """Return what a checkpoint says of its images, by file; {} for one that says nothing, or is not there.
 
     Raises:
         ConfigError: if a file is no JSON object.
     """
-    files = {_OLD: _read(folder / _OLD), _NEW: _read(folder / _NEW).get("image_processor") or {}}
-    return {name: values for name, values in files.items() if values}
+    return {_OLD: _read(folder / _OLD), _NEW: _read(folder / _NEW).get("image_processor") or {}}
 
 
 def agreed(folder: Path, name: str, places: Mapping[str, Any], default: Setting | None = None) -> Setting:
@@ -159,9 +168,15 @@ def _asked(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Read a file of settings, {} if there is none."""
-    if not path.is_file():
-        return {}
+    return read_object(path) if path.is_file() else {}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file of settings.
+
+    Raises:
+        ConfigError: if it cannot be read, or is no JSON object.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
